@@ -1,0 +1,1 @@
+"""Token-level mixtures of experts: route, dispatch, experts, combine."""

@@ -1,0 +1,7 @@
+"""Aggregators by the name that configs and requests use. Adding one: a file, a line here, a test."""
+
+AGGREGATORS = {
+    "first": "orchestrator.aggregators.first:First",
+    "vote": "orchestrator.aggregators.vote:Vote",
+    "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
+}

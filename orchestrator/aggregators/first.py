@@ -1,0 +1,16 @@
+"""The best-ranked expert's answer. The others stand by as its fallback and cost nothing."""
+
+from collections.abc import Sequence
+
+from experts.types import Completion, Request
+from routers.base import RouteDecision
+
+
+class First:
+    name = "first"
+    takes_one = True
+
+    async def aggregate(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
+    ) -> Completion:
+        return max(completions, key=lambda c: decision.scores.get(c.expert_id, float("-inf")))

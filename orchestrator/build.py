@@ -1,0 +1,165 @@
+"""The composition root: a Config in, a Service out. The only place that makes objects from names."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from experts import BACKENDS
+from experts.base import Engine, EngineExpert, Expert
+from experts.errors import ConfigError
+from experts.types import EngineSpec, ExpertSpec
+from orchestrator.aggregators import AGGREGATORS
+from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
+from orchestrator.dispatch import Admission
+from orchestrator.pipeline import Orchestrator
+from orchestrator.policies import PolicyBook
+from orchestrator.resilience import Breaker, BreakerState, Retrying, Timed
+from orchestrator.run import Ledger, Observer, Policy
+from routers import ROUTERS
+from routers.base import Router, RouterParts
+from routers.encoders import Encoder
+
+
+FREE_ROUTERS = ("always", "random", "round_robin")
+FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
+"""What a request may name even when no policy of the config uses it: they need no options and no artefact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """All that answers requests under one config. A reload makes a new one."""
+
+    config: Config
+    engines: Mapping[str, Engine]
+    experts: Mapping[str, Expert]
+    breakers: Mapping[str, BreakerState]
+    encoder: Callable[[], Encoder]
+    policies: PolicyBook
+    admission: Admission
+    ledger: Ledger
+    orchestrator: Orchestrator
+
+
+def build_service(
+    config: Config, *, observers: Sequence[Observer] = (), engines: Mapping[str, Engine] | None = None
+) -> Service:
+    """Everything but the edges. ``engines`` are taken over where given (a reload, the ray runtime), else made.
+
+    Raises ConfigError. Loads nothing: engines load in Host.start(), the encoder at its first use.
+    """
+    ledger, admission = Ledger(observers), _admission(config)
+    engines = {e: (engines or {}).get(e) or make_engine(c.spec(e)) for e, c in config.engines.items()}
+    breakers = {e: _breaker(config) for e in engines}
+    specs = [c.spec(e) for e, c in config.experts.items()]
+    experts = {s.expert_id: _wrap(s, engines[s.engine_id], breakers[s.engine_id], ledger, config) for s in specs}
+    encoder = cache(partial(make_encoder, config.encoder.model, config.encoder.cache))
+    return Service(
+        config=config,
+        engines=engines,
+        experts=experts,
+        breakers=breakers,
+        encoder=encoder,
+        policies=_policies(config, experts, encoder),
+        admission=admission,
+        ledger=ledger,
+        orchestrator=Orchestrator(
+            experts=experts,
+            admission=admission,
+            ledger=ledger,
+            hedge_after_s=config.resilience.hedge_after_s,
+        ),
+    )
+
+
+def make_engine(spec: EngineSpec) -> Engine:
+    engine: Engine = _load(BACKENDS, spec.backend, "backend")(spec)
+    return engine
+
+
+def make_router(config: RouterConfig, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> Router:
+    parts = RouterParts(encoder=encoder, experts=experts, artefact=config.artefact)
+    router: Router = _make(ROUTERS, "router", config.name, config.options, parts)
+    return router
+
+
+def make_encoder(model: str, cache_size: int) -> Encoder:
+    """Raises ConfigError when the model or the package that runs it is missing."""
+    encoder: Encoder = _load({model: "routers.encoders:MiniLM"}, model, "encoder")(model=model, cache_size=cache_size)
+    return encoder
+
+
+def _policies(config: Config, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> PolicyBook:
+    routers: dict[str, Router] = {}
+    policies: dict[str, Policy] = {}
+    for name, policy in config.policies.items():
+        wanted = policy.router if isinstance(policy.router, RouterConfig) else RouterConfig(name=policy.router)
+        router = make_router(wanted, experts, encoder)
+        routers.setdefault(router.name, router)
+        policies[name] = Policy(
+            name=name,
+            router=router,
+            aggregator=make_aggregator(policy.aggregator),
+            top_k=policy.top_k,
+            max_calls=policy.max_calls or config.limits.max_calls,
+            max_usd=policy.max_usd,
+        )
+    for name in FREE_ROUTERS:
+        routers.setdefault(name, make_router(RouterConfig(name=name), experts, encoder))
+    aggregators = {p.aggregator.name: p.aggregator for p in policies.values()}
+    aggregators = {name: make_aggregator(name) for name in FREE_AGGREGATORS} | aggregators
+    return PolicyBook(
+        policies=policies,
+        routers=routers,
+        aggregators=aggregators,
+        expert_ids=tuple(experts),
+        max_calls=config.limits.max_calls,
+    )
+
+
+def make_aggregator(config: AggregatorConfig | str) -> Any:
+    config = config if isinstance(config, AggregatorConfig) else AggregatorConfig(name=config)
+    return _make(AGGREGATORS, "aggregator", config.name, config.options)
+
+
+def _wrap(spec: ExpertSpec, engine: Engine, breaker: BreakerState, ledger: Ledger, config: Config) -> Expert:
+    """From the inside: the prompt, the clock, the breaker, the retries."""
+    limits = config.resilience
+    timed = Timed(EngineExpert(spec, engine), on_call=ledger.note_call, first_chunk_s=limits.first_chunk_s)
+    return Retrying(Breaker(timed, breaker), retries=limits.retries, backoff_s=limits.backoff_s)
+
+
+def _breaker(config: Config) -> BreakerState:
+    return BreakerState(failures=config.resilience.breaker_failures, open_s=config.resilience.breaker_open_s)
+
+
+def _admission(config: Config) -> Admission:
+    return Admission(max_concurrency=config.limits.max_concurrency, queue=config.limits.queue)
+
+
+def _make(registry: Mapping[str, str], what: str, name: str, options: Mapping[str, Any], *parts: Any) -> Any:
+    """An object of ``registry``; options it does not know are a ConfigError that names the nearest it does."""
+    maker = _load(registry, name, what)
+    known = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{what} '{name}': unknown option '{key}'{nearest(key, known)}")
+    try:
+        return maker(*parts, **options)
+    except TypeError as exc:
+        raise ConfigError(f"{what} '{name}': {exc}") from exc
+
+
+def _load(registry: Mapping[str, str], name: str, what: str) -> Any:
+    """The class that ``registry`` names; its heavy imports happen here."""
+    if name not in registry:
+        raise ConfigError(f"no {what} '{name}'{nearest(name, list(registry))}")
+    module, _, attribute = registry[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as exc:
+        raise ConfigError(
+            f"{what} '{name}' needs the package '{exc.name}'; 'collegium doctor' says which extra brings it."
+        ) from exc

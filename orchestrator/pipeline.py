@@ -1,0 +1,95 @@
+"""READ FIRST. One request's life: route, dispatch, run the experts, combine.
+
+Everything here is made in build.py and handed in; nothing here knows HTTP, YAML or a backend.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+from experts.base import Expert, collect_choices
+from experts.errors import BadRequest, DeadlineExceeded
+from experts.types import Chunk, ChunkStream, Completion, Request
+from orchestrator.dispatch import Admission, affordable, ask_all, chains
+from orchestrator.run import Ledger, Policy, Run
+from routers.base import RouteDecision
+
+
+class Orchestrator:
+    """The service without its edges. ``experts`` are wrapped already (see resilience.py) and report to ``ledger``."""
+
+    def __init__(
+        self,
+        *,
+        experts: Mapping[str, Expert],
+        admission: Admission,
+        ledger: Ledger,
+        hedge_after_s: float | None = None,
+    ) -> None:
+        self._experts = experts
+        self._admission = admission
+        self._ledger = ledger
+        self._hedge_after_s = hedge_after_s
+
+    async def generate(self, run: Run) -> ChunkStream:
+        """Answer ``run.request`` as ``run.policy`` says: chunks of the one answer that the caller is to see.
+
+        Raises a CollegiumError. The caller keeps the deadline (see deadline()) and closes the iterator.
+        """
+        async with self._ledger.watch(run), self._admission.place():
+            run.decision = await self.route(run.request, run.policy)
+            self._ledger.note_route(run)
+            experts = chains(
+                run.decision, self._experts, max_calls=run.policy.max_calls, hedge_after_s=self._hedge_after_s
+            )
+            if len(experts) == 1:
+                async with aclosing(experts[0].generate(run.request)) as stream:
+                    async for chunk in stream:
+                        run.answer_usage = chunk.usage or run.answer_usage
+                        yield chunk
+                return
+            answers = await ask_all(experts, run.request)
+            answer = await run.policy.aggregator.aggregate(run.request, run.decision, answers)
+            run.answer_usage, run.trace = answer.usage, answer.trace
+            yield _as_chunk(answer)
+
+    async def complete(self, run: Run) -> list[Completion]:
+        """The whole answer, one Completion a choice, inside the deadline."""
+        async with deadline(run.request):
+            return await collect_choices(self.generate(run), run.request)
+
+    async def route(self, request: Request, policy: Policy) -> RouteDecision:
+        """Who is to be asked, by ``policy``'s router, its top_k and its budgets. Calls no expert."""
+        started = time.perf_counter()
+        pool = affordable([e.spec for e in self._experts.values()], request, policy.max_usd)
+        (decision,) = await policy.router.route([request], pool)
+        top_k = 1 if policy.aggregator.takes_one else min(policy.top_k, policy.max_calls)
+        if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
+            raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
+        return replace(decision.top(top_k), route_ms=(time.perf_counter() - started) * 1e3)
+
+
+@asynccontextmanager
+async def deadline(request: Request) -> AsyncIterator[None]:
+    """Ends the block when the request's deadline passes, with DeadlineExceeded.
+
+    Belongs around the loop that consumes a stream, never inside a generator: a timeout must not span a yield.
+    """
+    try:
+        async with asyncio.timeout(request.expires_s - time.monotonic()):
+            yield
+    except TimeoutError as exc:
+        raise DeadlineExceeded(f"The request took longer than its {request.deadline_s:g} s.") from exc
+
+
+def _as_chunk(answer: Completion) -> Chunk:
+    return Chunk(
+        expert_id=answer.expert_id,
+        text=answer.text,
+        tool_calls=tuple({"index": i, **call} for i, call in enumerate(answer.tool_calls)),
+        logprobs=answer.logprobs,
+        finish_reason=answer.finish_reason,
+        usage=answer.usage,
+    )

@@ -1,0 +1,82 @@
+"""From the ``model`` a caller names, and what he overrides, to the Policy that answers him."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from experts.errors import BadRequest, NotFound
+from orchestrator.aggregators.base import Aggregator
+from orchestrator.aggregators.first import First
+from orchestrator.run import Policy
+from routers.base import Router
+from routers.baseline import Direct
+
+SERVICE_MODEL = "collegium"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """The part of the body's ``collegium`` key that changes a policy for one request."""
+
+    router: str | None = None
+    top_k: int | None = None
+    aggregator: str | None = None
+    max_calls: int | None = None
+    max_usd: float | None = None
+
+
+T = TypeVar("T")
+_NONE = Overrides()
+
+
+class PolicyBook:
+    def __init__(
+        self,
+        *,
+        policies: Mapping[str, Policy],
+        routers: Mapping[str, Router],
+        aggregators: Mapping[str, Aggregator],
+        expert_ids: tuple[str, ...],
+        max_calls: int,
+    ) -> None:
+        self._by_model = {f"{SERVICE_MODEL}/{name}": p for name, p in policies.items()}
+        self._by_model[SERVICE_MODEL] = policies["default"]
+        self._by_model |= {e: Policy(name=e, router=Direct(e), aggregator=First(), max_calls=1) for e in expert_ids}
+        self._experts = frozenset(expert_ids)
+        self._routers = routers
+        self._aggregators = aggregators
+        self._max_calls = max_calls
+
+    @property
+    def models(self) -> list[str]:
+        """All that ``model`` may be: the service, its policies, its experts."""
+        return [SERVICE_MODEL, *(m for m in self._by_model if m != SERVICE_MODEL)]
+
+    def resolve(self, model: str, overrides: Overrides = _NONE) -> Policy:
+        """Raises NotFound for a model, BadRequest for an override, that does not exist."""
+        policy = self._by_model.get(model)
+        if policy is None:
+            raise NotFound(f"No model '{model[:100]}'. GET /v1/models lists what there is.", param="model")
+        if overrides == _NONE:
+            return policy
+        if model in self._experts and (overrides.router or (overrides.top_k or 1) > 1):
+            raise BadRequest(
+                f"Model '{model}' is one expert, asked by name; to route, ask for '{SERVICE_MODEL}'.",
+                param="collegium",
+            )
+        return replace(
+            policy,
+            router=self._pick(self._routers, overrides.router, "router") or policy.router,
+            aggregator=self._pick(self._aggregators, overrides.aggregator, "aggregator") or policy.aggregator,
+            top_k=overrides.top_k or policy.top_k,
+            max_calls=min(overrides.max_calls or policy.max_calls, self._max_calls),
+            max_usd=policy.max_usd if overrides.max_usd is None else overrides.max_usd,
+        )
+
+    @staticmethod
+    def _pick(known: Mapping[str, T], name: str | None, what: str) -> T | None:
+        if name is not None and name not in known:
+            raise BadRequest(
+                f"No {what} '{name[:100]}' here; known: {', '.join(sorted(known))}.", param=f"collegium.{what}"
+            )
+        return known[name] if name is not None else None
