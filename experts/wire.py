@@ -12,32 +12,31 @@ _FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "tool
 
 
 def request_body(request: Request, model: str) -> dict[str, Any]:
-    """The body of a streamed /chat/completions, or /completions when ``request`` has a prompt. Unset fields stay out."""
-    params = request.params
-    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    for key in ("temperature", "top_p", "max_tokens", "seed", "presence_penalty", "frequency_penalty"):
-        value = getattr(params, key)
-        if value is not None:
-            body[key] = value
-    if params.stop:
-        body["stop"] = list(params.stop)
-    if params.n > 1:
-        body["n"] = params.n
-    if request.prompt is not None:
-        body["prompt"] = request.prompt
-        if params.logprobs is not None:
-            body["logprobs"] = params.logprobs
-        return body
-    body["messages"] = [_message(m) for m in request.messages]
-    if params.logprobs is not None:
-        body["logprobs"], body["top_logprobs"] = True, params.logprobs
-    if request.tools:
-        body["tools"] = list(request.tools)
-    if request.tool_choice is not None:
+    """The body of a streamed /chat/completions, or of /completions when ``request`` has a prompt, less what is unset."""
+    params, chat = request.params, request.prompt is None
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_tokens,
+        "seed": params.seed,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "stop": list(params.stop) or None,
+        "n": params.n if params.n > 1 else None,
+        "logprobs": params.logprobs if not chat else None if params.logprobs is None else True,
+    }
+    if chat:
+        body["messages"] = [_message(m) for m in request.messages]
+        body["top_logprobs"] = params.logprobs
+        body["tools"] = list(request.tools) or None
         body["tool_choice"] = request.tool_choice
-    if request.response_format is not None:
         body["response_format"] = request.response_format
-    return body
+    else:
+        body["prompt"] = request.prompt
+    return {key: value for key, value in body.items() if value is not None}
 
 
 def _message(message: Message) -> dict[str, Any]:

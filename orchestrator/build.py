@@ -22,7 +22,6 @@ from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder
 
-
 FREE_ROUTERS = ("always", "random", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
 """What a request may name even when no policy of the config uses it: they need no options and no artefact."""
@@ -43,15 +42,24 @@ class Service:
     orchestrator: Orchestrator
 
 
+def make_engine(spec: EngineSpec) -> Engine:
+    engine: Engine = _load(BACKENDS, spec.backend, "backend")(spec)
+    return engine
+
+
 def build_service(
-    config: Config, *, observers: Sequence[Observer] = (), engines: Mapping[str, Engine] | None = None
+    config: Config,
+    engines: Mapping[str, Engine] | None = None,
+    *,
+    observers: Sequence[Observer] = (),
+    make: Callable[[EngineSpec], Engine] = make_engine,
 ) -> Service:
-    """Everything but the edges. ``engines`` are taken over where given (a reload, the ray runtime), else made.
+    """Everything but the edges. ``engines`` are taken over where given (a reload); ``make`` makes the others.
 
     Raises ConfigError. Loads nothing: engines load in Host.start(), the encoder at its first use.
     """
     ledger, admission = Ledger(observers), _admission(config)
-    engines = {e: (engines or {}).get(e) or make_engine(c.spec(e)) for e, c in config.engines.items()}
+    engines = {e: (engines or {}).get(e) or make(c.spec(e)) for e, c in config.engines.items()}
     breakers = {e: _breaker(config) for e in engines}
     specs = [c.spec(e) for e, c in config.experts.items()]
     experts = {s.expert_id: _wrap(s, engines[s.engine_id], breakers[s.engine_id], ledger, config) for s in specs}
@@ -72,11 +80,6 @@ def build_service(
             hedge_after_s=config.resilience.hedge_after_s,
         ),
     )
-
-
-def make_engine(spec: EngineSpec) -> Engine:
-    engine: Engine = _load(BACKENDS, spec.backend, "backend")(spec)
-    return engine
 
 
 def make_router(config: RouterConfig, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> Router:
