@@ -18,6 +18,7 @@ from orchestrator.pipeline import Orchestrator
 from orchestrator.policies import PolicyBook
 from orchestrator.resilience import Breaker, BreakerState, Retrying, Timed
 from orchestrator.run import Ledger, Observer, Policy
+from orchestrator.security import KeyRing
 from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder
@@ -37,6 +38,7 @@ class Service:
     breakers: Mapping[str, BreakerState]
     encoder: Callable[[], Encoder]
     policies: PolicyBook
+    keys: KeyRing
     admission: Admission
     ledger: Ledger
     orchestrator: Orchestrator
@@ -71,6 +73,7 @@ def build_service(
         breakers=breakers,
         encoder=encoder,
         policies=_policies(config, experts, encoder),
+        keys=KeyRing(config.security),
         admission=admission,
         ledger=ledger,
         orchestrator=Orchestrator(

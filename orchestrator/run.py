@@ -33,6 +33,7 @@ class Run:
     request: Request
     policy: Policy
     decision: RouteDecision | None = None
+    routed_s: float | None = None
     calls: list[CallRecord] = field(default_factory=list)
     answer_usage: Usage = field(default_factory=Usage)
     trace: object = None
@@ -101,6 +102,7 @@ class Ledger:
                 observer.ended(run)
 
     def note_route(self, run: Run) -> None:
+        run.routed_s = time.monotonic()
         for observer in self._observers:
             observer.routed(run)
 

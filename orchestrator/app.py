@@ -1,0 +1,127 @@
+"""The FastAPI app: the same one under uvicorn and as Ray Serve's ingress."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from experts.base import Engine
+from experts.errors import BadRequest, CollegiumError
+from experts.types import EngineSpec
+from orchestrator.build import Service, build_service, make_engine
+from orchestrator.config import Config, load_config
+from orchestrator.decisions import DecisionLog, MemoryShelf, SqliteShelf
+from orchestrator.endpoints import Endpoints
+from orchestrator.exchange import error_reply
+from orchestrator.host import Host
+from orchestrator.log import RequestLog
+from orchestrator.metrics import Metrics
+from orchestrator.run import Observer
+from orchestrator.schema import mount
+from orchestrator.tracing import Tracing, make_tracing
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    config: Config,
+    *,
+    config_path: Path | None = None,
+    make: Callable[[EngineSpec], Engine] = make_engine,
+) -> FastAPI:
+    """The service under ``config``. ``config_path`` is what a reload reads; ``make`` makes the engines.
+
+    Raises ConfigError. Engines load when the app starts, in the background: /readyz says when they are there.
+    """
+    decisions = DecisionLog(_shelf(config))
+    tracing = make_tracing(config.telemetry.otlp_endpoint) if config.telemetry.otlp_endpoint else None
+    metrics = Metrics(lambda: host.service)
+    observers: list[Observer] = [decisions, metrics, RequestLog(), *([tracing] if tracing else [])]
+
+    def build(config: Config, engines: Mapping[str, Engine]) -> Service:
+        return build_service(config, engines, observers=observers, make=make)
+
+    host = Host(config, build)
+    app = FastAPI(
+        title="collegium",
+        summary="One OpenAI-compatible service that answers every request with the right few models.",
+        lifespan=lambda _: _lifespan(host, decisions, tracing),
+        docs_url=None,  # mount() brings one that works offline
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.state.host = host
+    mount(app, Endpoints(host, decisions, metrics, reload=lambda: _reload(host, config_path)))
+    _explain_errors(app)
+    return app
+
+
+def build_serve_app(args: Mapping[str, Any]) -> "Application":
+    """What deploy/serve.yaml names: the app as a Ray Serve application. ``args``: {"config": path}."""
+    from orchestrator.ray_runtime import build_application
+
+    return build_application(args)
+
+
+@asynccontextmanager
+async def _lifespan(host: Host, decisions: DecisionLog, tracing: Tracing | None) -> AsyncIterator[None]:
+    start = asyncio.create_task(host.start())
+    try:
+        yield
+    finally:
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await host.close()
+        decisions.close()
+        if tracing is not None:
+            tracing.close()
+
+
+async def _reload(host: Host, config_path: Path | None) -> None:
+    if config_path is None:
+        raise BadRequest("The service runs on its built-in config; there is no file to read again.")
+    await host.reload(load_config(config_path))
+    log.info("config reloaded from %s", config_path)
+
+
+def _shelf(config: Config) -> MemoryShelf | SqliteShelf:
+    kept = config.decisions
+    return MemoryShelf(kept.keep) if kept.path is None else SqliteShelf(kept.path, kept.keep, log.error)
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Every failure, Starlette's own included, leaves as OpenAI's error object."""
+
+    @app.exception_handler(CollegiumError)
+    async def ours(_: HttpRequest, exc: CollegiumError) -> Response:
+        return error_reply(exc)
+
+    @app.exception_handler(HTTPException)
+    async def starlettes(http: HttpRequest, exc: HTTPException) -> Response:
+        phrase = HTTPStatus(exc.status_code).phrase
+        error = BadRequest(f"{phrase}: {http.method} {http.url.path[:200]}. /docs lists what there is.")
+        error.status, error.code = exc.status_code, phrase.lower().replace(" ", "_")
+        reply = error_reply(error)
+        reply.headers.update(exc.headers or {})
+        return reply
+
+    @app.exception_handler(RequestValidationError)
+    async def fastapis(_: HttpRequest, exc: RequestValidationError) -> Response:
+        return error_reply(BadRequest(f"{exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}."))
+
+    @app.exception_handler(Exception)
+    async def bugs(_: HttpRequest, exc: Exception) -> Response:
+        log.error("a bug: %s", exc, exc_info=exc)
+        return error_reply(CollegiumError("Something broke in collegium itself; its log says what."))

@@ -1,0 +1,64 @@
+"""Structured logs: one JSON object a line, with the request id where there is one."""
+
+import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+import orjson
+
+from orchestrator.resilience import CallRecord
+from orchestrator.run import Run
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Set at the edge; tasks started for a request inherit it, and every record logged there carries it."""
+
+log = logging.getLogger("collegium.request")
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id.get(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps({k: v for k, v in line.items() if v is not None}, default=str).decode()
+
+
+def configure(level: str) -> None:
+    """JSON lines on stderr from the root logger. For the commands that serve; a library never calls it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class RequestLog:
+    """The Observer that writes one line a request."""
+
+    def routed(self, run: Run) -> None:
+        """Said when the run ends."""
+
+    def called(self, run: Run, call: CallRecord) -> None:
+        if call.error and call.error != "cancelled":
+            log.warning("expert %s failed: %s", call.expert_id, call.error)
+
+    def ended(self, run: Run) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
+        usage = run.usage
+        fields = {
+            "request_id": run.request.request_id,
+            "tenant": run.request.tenant,
+            "policy": run.policy.name,
+            "experts": [call.expert_id for call in run.calls],
+            "outcome": run.error or "ok",
+            "latency_ms": round(run.latency_s * 1e3, 2),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+        log.info("request ended", extra={"fields": fields})
