@@ -109,6 +109,8 @@ class Client:
 class WholeAnswer(Response):
     """The answer in one JSON object."""
 
+    background = None  # FastAPI looks
+
     def __init__(self, orchestrator: Orchestrator, run: Run, form: Format, *, explain: bool, stall_s: float) -> None:
         self._orchestrator = orchestrator
         self._run = run
@@ -149,6 +151,8 @@ class AnswerStream(Response):
 
     A failure before the first chunk is an ordinary error reply; after it, an error event and ``[DONE]``.
     """
+
+    background = None
 
     def __init__(
         self,

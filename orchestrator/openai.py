@@ -1,5 +1,6 @@
 """OpenAI's HTTP format, inbound: pydantic models of the bodies, turned into a Request at once. See also replies.py."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -268,12 +269,20 @@ def _metadata(extension: Extension | None, metadata: Mapping[str, str] | None) -
 
 
 def explain_invalid(exc: ValidationError, known: Mapping[str, Sequence[str]]) -> BadRequest:
-    """The first mistake, in words; an unknown key names the nearest one. ``known`` lists keys by the key above."""
-    error = exc.errors(include_url=False, include_input=False)[0]
-    path = [str(p) for p in error["loc"]]
+    """The mistake that tells most, in words: an unknown key (with the nearest known one), else the innermost.
+
+    ``known`` lists the keys that may stand under a key; "" is the body itself.
+    """
+    errors = exc.errors(include_url=False, include_input=False)
+    error = min(errors, key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
+    # pydantic puts the branch of a union into the path ("content.list[TextPart].0"); a caller never wrote that.
+    path = [str(p) for p in error["loc"] if isinstance(p, int) or not _BRANCH.fullmatch(p)]
     place = ".".join(path)[:200]
     if error["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {error['ctx']['error']}.")
     if error["type"] == "extra_forbidden":
         return BadRequest(f"Unknown key '{place}'{nearest(path[-1], known.get('.'.join(path[:-1]), ()))}", param=place)
     return BadRequest(f"{place or 'body'}: {error['msg'].removeprefix('Value error, ')}.", param=place or None)
+
+
+_BRANCH = re.compile(r"str|constrained-str|NamedTool|literal\[.*\]|list\[.*\]")
