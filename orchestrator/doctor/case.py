@@ -1,0 +1,37 @@
+"""What a check is given and what it gives back."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from experts.types import Backend, EngineSpec
+from orchestrator.config import Config, RouterConfig
+
+ENCODER_ROUTERS = frozenset({"centroid"})
+"""Routers that read embeddings, and so need the extra 'encoder' and its model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """``todo`` is empty where nothing is to be done."""
+
+    check: str
+    status: Literal["ok", "warn", "fail"] = "ok"
+    message: str
+    todo: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """The config, and where it is to be served."""
+
+    config: Config
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def specs(self, backend: Backend) -> list[EngineSpec]:
+        return [e.spec(name) for name, e in self.config.engines.items() if e.backend == backend]
+
+    @property
+    def needs_encoder(self) -> bool:
+        routers = [p.router for p in self.config.policies.values()]
+        return any((r.name if isinstance(r, RouterConfig) else r) in ENCODER_ROUTERS for r in routers)
