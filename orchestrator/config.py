@@ -273,7 +273,8 @@ def _step(schema: Mapping[str, Any], node: Mapping[str, Any], part: Any) -> Mapp
             return dict(choice["properties"][part])
         if choice.get("properties", {}).get("backend", {}).get("const") == part or choice.get("title") == part:
             return choice
-    return dict(node.get("additionalProperties") or node.get("items") or {})
+    named = next(iter(node.get("patternProperties", {}).values()), None)  # a dictionary whose keys are Names
+    return dict(named or node.get("additionalProperties") or node.get("items") or {})
 
 
 def _resolve(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:

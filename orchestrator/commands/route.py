@@ -30,7 +30,7 @@ def route(
 ) -> None:
     """Show the decision only; nothing is generated and no engine is loaded.
 
-    Example: collegium route "How do you say bread in French?" --top-k 2
+    Example: collegium route "How do you say bread in French?" --policy panel
     """
     quiet_engines(ctx)
     question = Question(text=text, router=router, top_k=top_k, policy=policy)

@@ -87,23 +87,23 @@ async def _ask_all(engines: Mapping[str, OpenAIConfig]) -> list[Finding]:
 
 async def _ask(session: aiohttp.ClientSession, name: str, engine: OpenAIConfig) -> Finding:
     url = engine.base_url.rstrip("/") + "/models"
-    key = os.environ.get(engine.api_key_env) if engine.api_key_env else None
+    key = (os.environ.get(engine.api_key_env) if engine.api_key_env else None) or None
     try:
         async with session.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}) as reply:
             body = await reply.json(content_type=None) if reply.status == HTTPStatus.OK else None
-            return _judge(name, engine, reply.status, body)
+            return _judge(name, engine, reply.status, body, with_key=key is not None)
     except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
         return Finding(
             check="endpoints",
             status="fail",
-            message=f"engine {name}: {url} cannot be reached: {exc or f'no answer within {TIMEOUT_S} s'}",
+            message=f"engine {name}: {url} cannot be reached: {str(exc) or f'no answer within {TIMEOUT_S} s'}",
             todo="start it, or correct base_url",
         )
 
 
-def _judge(name: str, engine: OpenAIConfig, status: int, body: Any) -> Finding:
+def _judge(name: str, engine: OpenAIConfig, status: int, body: Any, *, with_key: bool) -> Finding:
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        key = f"the key in {engine.api_key_env}" if engine.api_key_env else "a request without a key"
+        key = f"the key in {engine.api_key_env}" if with_key else "a request without a key"
         return Finding(
             check="endpoints",
             status="fail",
