@@ -64,3 +64,7 @@ def _version(asked: bool) -> None:
 
         typer.echo(f"collegium {version('collegium')}")
         raise typer.Exit
+
+
+if __name__ == "__main__":
+    app()

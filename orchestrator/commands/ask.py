@@ -64,6 +64,7 @@ class Answer:
         self._silent = silent
         self._console = make_console()
         self._pieces: list[str] = []
+        self._mid_line = False
 
     @property
     def answer(self) -> str:
@@ -77,14 +78,14 @@ class Answer:
     def text(self, piece: str) -> None:
         self._pieces.append(piece)
         if self._stream:
-            typer.echo(piece, nl=False)
+            self._print(piece)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         return nullcontext() if self._silent else waiting(self._console, what)
 
     def close(self, explanation: Explanation, *, explain: bool) -> None:
         if not self._stream:
-            typer.echo(self.answer, nl=False)
+            self._print(self.answer)
         self._end_line()
         if explain:
             show_calls(self._console, explanation)
@@ -94,6 +95,10 @@ class Answer:
             f"{explanation['latency_ms'] / 1e3:.2f} s, {explanation['usd']:.6f} USD[/]"
         )
 
+    def _print(self, piece: str) -> None:
+        typer.echo(piece, nl=False)
+        self._mid_line = not piece.endswith("\n") if piece else self._mid_line
+
     def _end_line(self) -> None:
-        if self._pieces and not self.answer.endswith("\n"):
-            typer.echo()
+        if self._mid_line:
+            self._print("\n")

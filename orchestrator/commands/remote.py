@@ -30,7 +30,7 @@ async def ask(url: str, question: Question, view: View) -> Explanation:
 
 async def route(url: str, question: Question) -> Mapping[str, Any]:
     async with _post(url, "/v1/route", question.body()) as reply:
-        return dict(await reply.json())
+        return dict((await reply.json())["decision"])
 
 
 @asynccontextmanager
