@@ -1,12 +1,16 @@
 """What an engine is, what an expert is, and how a stream becomes a whole answer."""
 
+import operator
 import time
+import uuid
+from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import fields, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 from experts.errors import ExpertFailed
 from experts.types import (
+    JSON,
     Chunk,
     ChunkStream,
     Completion,
@@ -31,7 +35,7 @@ class Engine(Protocol):
         """Stream the answer. Closing the iterator ends the generation in the engine."""
 
     async def unload(self) -> None:
-        """Give back what load() took. Safe on an engine that never loaded."""
+        """Give back what load() took. Safe on an engine that never loaded, and twice."""
 
 
 class Expert(Protocol):
@@ -54,6 +58,7 @@ class EngineExpert:
         self.engine = engine
         pairs = [(Message(role="user", content=q), Message(role="assistant", content=a)) for q, a in spec.demos]
         self._demos = tuple(message for pair in pairs for message in pair)
+        self._has_defaults = spec.defaults != SamplingParams()
 
     def generate(self, request: Request) -> ChunkStream:
         return self.engine.generate(self._prepare(request), self.spec)
@@ -62,7 +67,7 @@ class EngineExpert:
         """Nothing of its own to give back."""
 
     def _prepare(self, request: Request) -> Request:
-        params = merge_params(request.params, self.spec.defaults)
+        params = merge_params(request.params, self.spec.defaults) if self._has_defaults else request.params
         if request.prompt is not None or not (self.spec.system_prompt or self._demos):
             return request if params is request.params else replace(request, params=params)
         return replace(request, messages=self._with_prompt(request.messages), params=params)
@@ -75,15 +80,18 @@ class EngineExpert:
         return head + self._demos + messages[start:]
 
 
+_PARAMS = tuple(f.name for f in fields(SamplingParams) if f.name != "n")  # n is the caller's alone
+_UNSET = (None, ())
+
+
 def merge_params(asked: SamplingParams, defaults: SamplingParams) -> SamplingParams:
-    """``asked`` with its unset fields taken from ``defaults``; ``asked`` itself when nothing changes."""
-    if defaults == _NO_DEFAULTS:
-        return asked
-    unset = {f.name for f in fields(asked) if getattr(asked, f.name) in (None, ())}
-    return replace(asked, **{name: getattr(defaults, name) for name in unset})
-
-
-_NO_DEFAULTS = SamplingParams()
+    """``asked`` with its unset fields taken from ``defaults``; ``asked`` itself when nothing changes. Zero is set."""
+    taken = {
+        name: value
+        for name in _PARAMS
+        if getattr(asked, name) in _UNSET and (value := getattr(defaults, name)) not in _UNSET
+    }
+    return replace(asked, **taken) if taken else asked
 
 
 async def collect_choices(stream: ChunkStream, request: Request) -> list[Completion]:
@@ -92,21 +100,19 @@ async def collect_choices(stream: ChunkStream, request: Request) -> list[Complet
     Raises ExpertFailed when the stream ends before a choice has its finish reason: half an answer is a failure.
     """
     started = time.monotonic()
-    first = None
+    first: float | None = None
     parts: dict[int, list[Chunk]] = {}
     usage = Usage()
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
-            first = first or time.monotonic()
+            if first is None:
+                first = time.monotonic()
             parts.setdefault(chunk.index, []).append(chunk)
             usage = chunk.usage or usage
     ended = time.monotonic()
-    if not parts:
+    if first is None:
         raise ExpertFailed("The expert's stream ended without an answer.")
-    return [
-        _join(parts[index], request.request_id, usage, (first or ended) - started, ended - started)
-        for index in sorted(parts)
-    ]
+    return [_join(parts[index], request.request_id, usage, first - started, ended - started) for index in sorted(parts)]
 
 
 async def collect(stream: ChunkStream, request: Request) -> Completion:
@@ -115,38 +121,77 @@ async def collect(stream: ChunkStream, request: Request) -> Completion:
 
 
 def _join(chunks: list[Chunk], request_id: str, usage: Usage, ttft_s: float, latency_s: float) -> Completion:
+    expert_id = chunks[0].expert_id
     finish_reason = next((c.finish_reason for c in reversed(chunks) if c.finish_reason), None)
     if finish_reason is None:
-        raise ExpertFailed(f"Expert '{chunks[0].expert_id}' hung up in the middle of its answer.")
-    return Completion(
-        request_id=request_id,
-        expert_id=chunks[0].expert_id,
-        text="".join(c.text for c in chunks),
-        index=chunks[0].index,
-        tool_calls=_join_tool_calls(chunks),
-        logprobs=_join_logprobs(chunks),
-        finish_reason=finish_reason,
-        usage=usage,
-        ttft_s=ttft_s,
-        latency_s=latency_s,
-    )
+        raise ExpertFailed(f"Expert '{expert_id}' hung up in the middle of its answer.")
+    try:
+        return Completion(
+            request_id=request_id,
+            expert_id=expert_id,
+            text="".join([c.text for c in chunks]),
+            index=chunks[0].index,
+            tool_calls=_join_tool_calls(chunks),
+            logprobs=_join_logprobs(chunks),
+            finish_reason=finish_reason,
+            usage=usage,
+            ttft_s=ttft_s,
+            latency_s=latency_s,
+        )
+    except (AttributeError, TypeError) as exc:
+        raise ExpertFailed(f"Expert '{expert_id}' sent a malformed answer: {exc}.") from exc
 
 
-def _join_tool_calls(chunks: list[Chunk]) -> tuple[dict[str, object], ...]:
+@dataclass(slots=True)
+class _Call:
+    """A tool call whose pieces are still coming."""
+
+    call_id: str | None = None
+    name: str = ""
+    arguments: str = ""
+
+    def add(self, delta: JSON) -> None:
+        function: Mapping[str, Any] = delta.get("function") or {}
+        self.call_id = self.call_id or delta.get("id")
+        self.name += "" if self.name else function.get("name") or ""  # some servers repeat it in every piece
+        self.arguments += function.get("arguments") or ""
+
+    def whole(self) -> JSON:
+        if not self.name:
+            raise TypeError("a tool call without a function name")
+        # Callers answer a call by its id, so one that came without gets one.
+        call_id = self.call_id or f"call_{uuid.uuid4().hex[:24]}"
+        return {"id": call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def _join_tool_calls(chunks: list[Chunk]) -> tuple[JSON, ...]:
     """OpenAI streams a tool call as deltas that share an index; the arguments come in pieces."""
-    calls: dict[int, dict[str, object]] = {}
-    for delta in (d for c in chunks for d in c.tool_calls):
-        call = calls.setdefault(delta.get("index", 0), {"id": None, "type": "function", "name": "", "arguments": ""})
-        function = delta.get("function") or {}
-        call["id"] = delta.get("id") or call["id"]
-        call["name"] = function.get("name") or call["name"]
-        call["arguments"] = f"{call['arguments']}{function.get('arguments') or ''}"
-    return tuple(
-        {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-        for _, c in sorted(calls.items())
-    )
+    calls: dict[int, _Call] = {}
+    last = -1
+    for delta in [delta for c in chunks if c.tool_calls for delta in c.tool_calls]:
+        last = _index(delta, calls, last)
+        calls.setdefault(last, _Call()).add(delta)
+    return tuple(calls[index].whole() for index in sorted(calls))
 
 
-def _join_logprobs(chunks: list[Chunk]) -> dict[str, list[object]] | None:
-    content = [entry for c in chunks if c.logprobs for entry in c.logprobs.get("content") or ()]
-    return {"content": content} if content else None
+def _index(delta: JSON, calls: Mapping[int, _Call], last: int) -> int:
+    """Which call ``delta`` goes on with. Some servers send no index: there the id tells, and a delta without one goes
+    on with the call before it."""
+    index, call_id = delta.get("index"), delta.get("id")
+    if index is not None:
+        return operator.index(index)
+    known = {call.call_id: i for i, call in calls.items()}
+    if call_id is None and known:
+        return last
+    return known.get(call_id, max(calls, default=-1) + 1)
+
+
+def _join_logprobs(chunks: list[Chunk]) -> JSON | None:
+    """Lists are joined key by key: "content" and "refusal" of chats, "tokens", "token_logprobs" and so on of
+    completions."""
+    joined: dict[str, list[object]] = {}
+    for logprobs in [c.logprobs for c in chunks if c.logprobs]:
+        for key, entries in logprobs.items():
+            if isinstance(entries, list | tuple):
+                joined.setdefault(key, []).extend(entries)
+    return joined or None

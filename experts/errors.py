@@ -78,24 +78,27 @@ class ConfigError(CollegiumError):
 
 
 class Unavailable(CollegiumError):
-    status, code = 503, "unavailable"
+    status, code, fallback = 503, "unavailable", True
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = 1.0) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
 
 
 class QueueFull(Unavailable):
-    code = "queue_full"
+    """The whole service is full: no expert is tried in place of another."""
+
+    code, fallback = "queue_full", False
 
 
 class BreakerOpen(Unavailable):
-    code, fallback = "breaker_open", True
+    code = "breaker_open"
 
 
 class ExpertFailed(Unavailable):
-    """``upstream_status`` is the HTTP status an endpoint gave, if it gave one."""
+    """``upstream_status`` is the HTTP status an endpoint gave, if it gave one; ``retry_after_s`` how long it asked to
+    be left alone, if it did, kept in ``asked_pause_s``."""
 
-    code, fallback = "expert_failed", True
+    code = "expert_failed"
 
     def __init__(
         self,
@@ -103,9 +106,10 @@ class ExpertFailed(Unavailable):
         *,
         retryable: bool = True,
         upstream_status: int | None = None,
-        retry_after_s: float | None = 1.0,
+        retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+        self.asked_pause_s = retry_after_s or 0.0
+        super().__init__(message, retry_after_s=retry_after_s or 1.0)
         self.retryable = retryable
         self.upstream_status = upstream_status
 

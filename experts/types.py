@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from experts.errors import BadRequest
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls"]
 Backend = Literal["vllm", "serve", "openai", "recorded", "fake"]
@@ -47,8 +49,9 @@ class SamplingParams:
 class Request:
     """One question on its way through the service.
 
-    Exactly one of ``messages`` (a chat) and ``prompt`` (text to continue as it stands) is set.
-    ``arrival_s`` is on the monotonic clock; ``deadline_s`` counts from it.
+    Exactly one of ``messages`` (a chat) and ``prompt`` (text to continue as it stands) is set; BadRequest otherwise.
+    ``stream`` says that the caller sees each chunk as it comes. Where he does not, an answer that breaks off can still
+    be asked for again. ``arrival_s`` is on the monotonic clock; ``deadline_s`` counts from it.
     """
 
     request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
@@ -60,8 +63,13 @@ class Request:
     response_format: JSON | None = None
     tenant: str | None = None
     metadata: JSON = field(default_factory=dict)
+    stream: bool = True
     deadline_s: float = 120.0
     arrival_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if bool(self.messages) == (self.prompt is not None):
+            raise BadRequest("A request has either messages or a prompt: one of them, not both.", param="messages")
 
     @property
     def question(self) -> str:
@@ -98,7 +106,8 @@ class Usage:
 class Chunk:
     """A piece of one streamed choice. Not frozen: one is made per token, and freezing doubles its cost.
 
-    ``finish_reason`` ends choice ``index``; ``usage`` comes once, on the stream's last chunk.
+    ``finish_reason`` ends choice ``index``: a stream without one for each of its request's ``n`` choices was cut.
+    ``usage`` comes once, on the stream's last chunk, if the engine tells it at all.
     """
 
     expert_id: str

@@ -12,6 +12,7 @@ from experts.base import Engine, EngineExpert, Expert
 from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
 from orchestrator.aggregators import AGGREGATORS
+from orchestrator.aggregators.base import Aggregator
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
 from orchestrator.dispatch import Admission
 from orchestrator.pipeline import Orchestrator
@@ -60,8 +61,8 @@ def build_service(
 
     Raises ConfigError. Loads nothing: engines load in Host.start(), the encoder at its first use.
     """
-    ledger, admission = Ledger(observers), _admission(config)
-    engines = {e: (engines or {}).get(e) or make(c.spec(e)) for e, c in config.engines.items()}
+    ledger, admission, given = Ledger(observers), _admission(config), engines or {}
+    engines = {e: given[e] if e in given else make(c.spec(e)) for e, c in config.engines.items()}
     breakers = {e: _breaker(config) for e in engines}
     specs = [c.spec(e) for e, c in config.experts.items()]
     experts = {s.expert_id: _wrap(s, engines[s.engine_id], breakers[s.engine_id], ledger, config) for s in specs}
@@ -97,25 +98,20 @@ def make_encoder(model: str, cache_size: int) -> Encoder:
     return encoder
 
 
+def make_aggregator(config: AggregatorConfig) -> Aggregator:
+    aggregator: Aggregator = _make(AGGREGATORS, "aggregator", config.name, config.options)
+    return aggregator
+
+
 def _policies(config: Config, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> PolicyBook:
-    routers: dict[str, Router] = {}
-    policies: dict[str, Policy] = {}
-    for name, policy in config.policies.items():
-        wanted = policy.router if isinstance(policy.router, RouterConfig) else RouterConfig(name=policy.router)
-        router = make_router(wanted, experts, encoder)
-        routers.setdefault(router.name, router)
-        policies[name] = Policy(
-            name=name,
-            router=router,
-            aggregator=make_aggregator(policy.aggregator),
-            top_k=policy.top_k,
-            max_calls=policy.max_calls or config.limits.max_calls,
-            max_usd=policy.max_usd,
-        )
-    for name in FREE_ROUTERS:
-        routers.setdefault(name, make_router(RouterConfig(name=name), experts, encoder))
-    aggregators = {p.aggregator.name: p.aggregator for p in policies.values()}
-    aggregators = {name: make_aggregator(name) for name in FREE_AGGREGATORS} | aggregators
+    """What a request may name instead of its policy's own: every router and aggregator of the config (the first of a
+    name), then the free ones."""
+    policies = {name: _policy(name, config, experts, encoder) for name in config.policies}
+    routers = {name: make_router(RouterConfig(name=name), experts, encoder) for name in FREE_ROUTERS}
+    aggregators = {name: make_aggregator(AggregatorConfig(name=name)) for name in FREE_AGGREGATORS}
+    for policy in reversed(policies.values()):
+        routers[policy.router.name] = policy.router
+        aggregators[policy.aggregator.name] = policy.aggregator
     return PolicyBook(
         policies=policies,
         routers=routers,
@@ -125,9 +121,20 @@ def _policies(config: Config, experts: Mapping[str, Expert], encoder: Callable[[
     )
 
 
-def make_aggregator(config: AggregatorConfig | str) -> Any:
-    config = config if isinstance(config, AggregatorConfig) else AggregatorConfig(name=config)
-    return _make(AGGREGATORS, "aggregator", config.name, config.options)
+def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> Policy:
+    wanted = config.policies[name]
+    try:
+        router, aggregator = make_router(wanted.router, experts, encoder), make_aggregator(wanted.aggregator)
+    except ConfigError as exc:
+        raise ConfigError(f"policies.{name}: {exc.message}") from exc
+    return Policy(
+        name=name,
+        router=router,
+        aggregator=aggregator,
+        top_k=wanted.top_k,
+        max_calls=wanted.max_calls or config.limits.max_calls,
+        max_usd=wanted.max_usd,
+    )
 
 
 def _wrap(spec: ExpertSpec, engine: Engine, breaker: BreakerState, ledger: Ledger, config: Config) -> Expert:
@@ -154,7 +161,7 @@ def _make(registry: Mapping[str, str], what: str, name: str, options: Mapping[st
             raise ConfigError(f"{what} '{name}': unknown option '{key}'{nearest(key, known)}")
     try:
         return maker(*parts, **options)
-    except TypeError as exc:
+    except (TypeError, ValueError) as exc:
         raise ConfigError(f"{what} '{name}': {exc}") from exc
 
 
@@ -167,5 +174,5 @@ def _load(registry: Mapping[str, str], name: str, what: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as exc:
         raise ConfigError(
-            f"{what} '{name}' needs the package '{exc.name}'; 'collegium doctor' says which extra brings it."
+            f"{what} '{name}' cannot be used here: {exc}. 'collegium doctor' says which extra brings what it needs."
         ) from exc

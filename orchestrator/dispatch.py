@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from experts.base import Expert, collect
 from experts.errors import BadRequest, CollegiumError, QueueFull
@@ -26,6 +27,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
+        """A place for as long as the block lasts. Raises QueueFull."""
         await self._enter()
         try:
             yield
@@ -42,11 +44,11 @@ class Admission:
         self._waiting.append(turn)
         try:
             await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave()  # the place was handed over in the moment of leaving
-            else:
+        except BaseException:
+            if turn in self._waiting:
                 self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self._leave()  # the place was handed over in the moment of leaving
             raise
 
     def _leave(self) -> None:
@@ -63,9 +65,10 @@ def chains(
 ) -> list[Expert]:
     """One Expert for each choice of ``decision``, backed by the next best candidates: at most ``max_calls`` are asked
     altogether. A hedged choice takes the first spare."""
-    ranked = decision.ranked()
-    chosen = list(decision.expert_ids)
-    spares = iter([experts[e] for e in ranked if e not in chosen][: max(0, max_calls - len(chosen))])
+    chosen = decision.expert_ids
+    if len(chosen) >= max_calls or len(chosen) == len(decision.scores):
+        return [experts[e] for e in chosen]
+    spares = iter([experts[e] for e in decision.ranked() if e not in chosen][: max_calls - len(chosen)])
     rows: list[Expert] = []
     for expert_id in chosen:
         first = experts[expert_id]
@@ -78,14 +81,12 @@ def chains(
 async def ask_all(experts: Sequence[Expert], request: Request) -> list[Completion]:
     """Every expert at once; the answers in the experts' order, less those that failed.
 
-    Raises the first expert's failure when all fail.
+    Raises the first expert's failure when all fail. When the caller goes, every expert is stopped.
     """
+    request = replace(request, stream=False)  # nobody sees an answer before all are there
     tasks = [asyncio.create_task(collect(expert.generate(request), request)) for expert in experts]
-    try:
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    finally:
-        for task in tasks:
-            task.cancel()
+    # A gather that is cancelled cancels its tasks and waits for their end.
+    results = await asyncio.gather(*tasks, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, CollegiumError):
             raise result
@@ -96,22 +97,47 @@ async def ask_all(experts: Sequence[Expert], request: Request) -> list[Completio
 
 
 def affordable(pool: Sequence[ExpertSpec], request: Request, max_usd: float | None) -> list[ExpertSpec]:
-    """The experts whose dearest possible answer to ``request`` stays within ``max_usd``.
-
-    The prompt is counted at 4 characters a token, the answer at max_tokens (256 where the request sets none).
-    """
+    """The experts whose dearest answer to ``request`` (see dearest_usd) stays within ``max_usd``. Raises BadRequest
+    when there is none."""
     if max_usd is None:
         return list(pool)
-    characters = sum(len(m.content or "") for m in request.messages) + len(request.prompt or "")
-    prompt_tokens, completion_tokens = characters / 4, request.params.max_tokens or 256
-    usd = {
-        s.expert_id: (prompt_tokens * s.usd_per_mtok_in + completion_tokens * s.usd_per_mtok_out) / 1e6 for s in pool
-    }
+    usd = {s.expert_id: dearest_usd(s, request) for s in pool}
     within = [s for s in pool if usd[s.expert_id] <= max_usd]
     if not within:
-        raise BadRequest(
-            f"No expert can answer for {max_usd:g} USD; the cheapest may need {min(usd.values()):.2g}. "
-            "Raise collegium.max_usd or lower max_tokens.",
-            param="collegium.max_usd",
-        )
+        raise _too_dear(min(usd.values()), max_usd)
     return within
+
+
+def calls_within(ranked: Iterable[ExpertSpec], request: Request, *, max_calls: int, max_usd: float) -> int:
+    """How many of ``ranked``, best first, may be asked: ``max_calls`` at most, and only as long as the dearest answers
+    of all of them together stay within ``max_usd``. Raises BadRequest when not even the first does.
+
+    An expert asked again after a failure counts once: what failed before it began has cost nothing.
+    """
+    calls, total = 0, 0.0
+    for spec in ranked:
+        total += dearest_usd(spec, request)
+        if calls == max_calls or total > max_usd:
+            break
+        calls += 1
+    if calls == 0:
+        raise _too_dear(total, max_usd)
+    return calls
+
+
+def dearest_usd(spec: ExpertSpec, request: Request) -> float:
+    """What an answer may cost at most. The prompt, the expert's own included, is counted at 4 characters a token; each
+    of the ``n`` answers at max_tokens (256 where neither the request nor the expert sets it)."""
+    own = (spec.system_prompt or "", *(text for demo in spec.demos for text in demo))
+    asked = (request.prompt or "", *(m.content or "" for m in request.messages))
+    prompt_tokens = sum(len(text) for text in (*own, *asked)) / 4
+    answer_tokens = request.params.n * (request.params.max_tokens or spec.defaults.max_tokens or 256)
+    return (prompt_tokens * spec.usd_per_mtok_in + answer_tokens * spec.usd_per_mtok_out) / 1e6
+
+
+def _too_dear(usd: float, max_usd: float) -> BadRequest:
+    return BadRequest(
+        f"No answer can be had for {max_usd:g} USD; it may take {usd:.2g}. "
+        "Raise collegium.max_usd or lower max_tokens.",
+        param="collegium.max_usd",
+    )

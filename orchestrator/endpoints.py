@@ -62,7 +62,7 @@ class Endpoints:
         if body.model not in (SERVICE_MODEL, encoder.name):
             raise NotFound(f"No embedding model '{body.model}'; the encoder is '{encoder.name}'.", param="model")
         _allow(SERVICE_MODEL, tenant)
-        async with deadline(Request(deadline_s=service.config.limits.deadline_s)):
+        async with deadline(Request(prompt="", deadline_s=service.config.limits.deadline_s)):
             vectors = await encoder.encode(body.texts())
         tokens = await encoder.count_tokens(body.texts())
         return JSONReply(

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from experts.base import Engine
-from experts.errors import CollegiumError
+from experts.base import Engine, Expert
+from experts.errors import CollegiumError, ConfigError, Unavailable
 from orchestrator.build import Service
 from orchestrator.config import Config
+from orchestrator.resilience import is_cancelled
 
 log = logging.getLogger(__name__)
 
@@ -24,50 +25,115 @@ class Host:
         self.failed: dict[str, str] = {}
         self.ready = False
         self._turn = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._loading: asyncio.Task[None] | None = None
+        self._retiring: dict[asyncio.Task[None], list[Engine]] = {}
 
     async def start(self) -> None:
-        """Load every engine, one after the other: they compete for the same memory and cores."""
+        """Load every engine, one after the other: they compete for the same memory and cores.
+
+        An engine that does not load keeps none of the others from answering. Raises Unavailable when close() comes
+        first.
+        """
         async with self._turn:
-            await self._load(self.service.engines)
+            self._check_open()
+            self.failed = await self._load(self.service.engines)
             self.ready = True
 
     async def reload(self, config: Config) -> None:
-        """Answer new requests by ``config``; those under way end on the old one. Engines whose spec did not change
-        stay loaded. Raises ConfigError, and then nothing has changed."""
+        """Answer new requests by ``config``; those under way end on the old one. Waits for a start under way.
+
+        Engines whose config did not change stay loaded, and those that had failed are tried again. New ones are loaded
+        beside the old, which takes memory for both. Raises ConfigError, also when a new engine does not load, and then
+        nothing has changed.
+        """
         async with self._turn:
+            self._check_open()
             old = self.service
-            kept = {
-                e: old.engines[e]
-                for e, c in config.engines.items()
-                if e in old.engines and old.engines[e].spec == c.spec(e)
-            }
+            kept = {e: x for e, x in old.engines.items() if config.engines.get(e) == old.config.engines[e]}
             new = self._build(config, kept)
-            await self._load({e: x for e, x in new.engines.items() if e not in kept or e in self.failed})
+            await self._add({e: x for e, x in new.engines.items() if e not in kept})
             self.service = new
-            task = asyncio.create_task(self._retire(old, [x for e, x in old.engines.items() if e not in kept]))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retire(old, [x for e, x in old.engines.items() if e not in kept])
+            self.failed = {e: reason for e, reason in self.failed.items() if e in kept}
+            self.failed = await self._load({e: kept[e] for e in self.failed})
 
     async def close(self) -> None:
-        """End the runs under way and unload everything. Safe to call twice."""
-        self.ready = False
-        for task in list(self._retiring):
-            await task
-        for engine in self.service.engines.values():
-            await engine.unload()
+        """Stop loading and unload everything, whatever is under way. Safe to call twice."""
+        self.ready, self._closed = False, True
+        if self._loading is not None:
+            self._loading.cancel()
+        async with self._turn:
+            retiring, self._retiring = self._retiring, {}
+            for task in retiring:
+                task.cancel()
+            await asyncio.gather(*retiring, return_exceptions=True)
+            left = [engine for engines in retiring.values() for engine in engines]
+            await _give_back(self.service.experts.values(), [*left, *self.service.engines.values()])
 
-    async def _load(self, engines: Mapping[str, Engine]) -> None:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("The service is shutting down.")
+
+    async def _add(self, engines: Mapping[str, Engine]) -> None:
+        """Load all of ``engines`` or none."""
+        try:
+            failed = await self._load(engines)
+        except BaseException:
+            await _give_back([], engines.values())
+            raise
+        if failed:
+            await _give_back([], engines.values())
+            reasons = "; ".join(f"engine '{e}' did not load: {reason}" for e, reason in failed.items())
+            raise ConfigError(f"The old config stays: {reasons}")
+
+    async def _load(self, engines: Mapping[str, Engine]) -> dict[str, str]:
+        """Why which did not load. Raises Unavailable when close() comes in between."""
+        failed = {}
         for engine_id, engine in engines.items():
             try:
-                await engine.load()
-                self.failed.pop(engine_id, None)
+                await self._load_one(engine)
             except CollegiumError as exc:
-                # One broken engine must not keep the others from answering; /readyz and the log name it.
-                self.failed[engine_id] = exc.message
+                failed[engine_id] = exc.message
                 log.error("engine %s did not load: %s", engine_id, exc.message)
+            except Exception as exc:
+                failed[engine_id] = f"{type(exc).__name__}: {exc}"
+                log.exception("engine %s did not load", engine_id)
+            self._check_open()
+        return failed
 
-    async def _retire(self, old: Service, engines: list[Engine]) -> None:
-        await old.ledger.drained()
-        for engine in engines:
-            await engine.unload()
+    async def _load_one(self, engine: Engine) -> None:
+        # In a task of its own, so that close() can end it without ending whoever waits for it.
+        self._loading = asyncio.ensure_future(engine.load())
+        try:
+            await self._loading
+        except asyncio.CancelledError as exc:
+            if is_cancelled():
+                raise
+            raise Unavailable("Its load was cancelled.") from exc
+        finally:
+            self._loading = None
+
+    def _retire(self, old: Service, engines: list[Engine]) -> None:
+        task = asyncio.create_task(_end(old, engines, after=list(self._retiring)))
+        self._retiring[task] = engines
+        task.add_done_callback(lambda task: self._retiring.pop(task, None))
+
+
+async def _end(service: Service, engines: Sequence[Engine], *, after: Sequence[asyncio.Task[None]]) -> None:
+    """Once its runs have ended, give back what ``service`` alone holds. Services before it may share its engines, so
+    their runs end first."""
+    if after:
+        await asyncio.wait(after)
+    await service.ledger.drained()
+    await _give_back(service.experts.values(), engines)
+
+
+async def _give_back(experts: Iterable[Expert], engines: Iterable[Engine]) -> None:
+    closers = [*((x.spec.expert_id, x.aclose) for x in experts), *((x.spec.engine_id, x.unload) for x in engines)]
+    for name, close in closers:
+        try:
+            await close()
+        except Exception:
+            # The others are still to be given back.
+            log.exception("%s did not end cleanly", name)

@@ -10,15 +10,15 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 from experts.base import Expert, collect_choices
-from experts.errors import BadRequest, DeadlineExceeded
+from experts.errors import BadRequest, ConfigError, DeadlineExceeded
 from experts.types import Chunk, ChunkStream, Completion, Request
-from orchestrator.dispatch import Admission, affordable, ask_all, chains
+from orchestrator.dispatch import Admission, affordable, ask_all, calls_within, chains
 from orchestrator.run import Ledger, Policy, Run
 from routers.base import RouteDecision
 
 
 class Orchestrator:
-    """The service without its edges. ``experts`` are wrapped already (see resilience.py) and report to ``ledger``."""
+    """The service without its edges. ``experts`` are wrapped already (see resilience) and report to ``ledger``."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class Orchestrator:
         hedge_after_s: float | None = None,
     ) -> None:
         self._experts = experts
+        self._pool = [expert.spec for expert in experts.values()]
         self._admission = admission
         self._ledger = ledger
         self._hedge_after_s = hedge_after_s
@@ -41,9 +42,8 @@ class Orchestrator:
         async with self._ledger.watch(run), self._admission.place():
             run.decision = await self.route(run.request, run.policy)
             self._ledger.note_route(run)
-            experts = chains(
-                run.decision, self._experts, max_calls=run.policy.max_calls, hedge_after_s=self._hedge_after_s
-            )
+            max_calls = self._max_calls(run.decision, run.request, run.policy)
+            experts = chains(run.decision, self._experts, max_calls=max_calls, hedge_after_s=self._hedge_after_s)
             if len(experts) == 1:
                 async with aclosing(experts[0].generate(run.request)) as stream:
                     async for chunk in stream:
@@ -57,18 +57,29 @@ class Orchestrator:
 
     async def complete(self, run: Run) -> list[Completion]:
         """The whole answer, one Completion a choice, inside the deadline."""
+        if run.request.stream:
+            run.request = replace(run.request, stream=False)
         async with deadline(run.request):
             return await collect_choices(self.generate(run), run.request)
 
     async def route(self, request: Request, policy: Policy) -> RouteDecision:
         """Who is to be asked, by ``policy``'s router, its top_k and its budgets. Calls no expert."""
         started = time.perf_counter()
-        pool = affordable([e.spec for e in self._experts.values()], request, policy.max_usd)
+        pool = affordable(self._pool, request, policy.max_usd)
         (decision,) = await policy.router.route([request], pool)
-        top_k = 1 if policy.aggregator.takes_one else min(policy.top_k, policy.max_calls)
+        if not decision.scores or decision.scores.keys() - self._experts.keys():
+            raise ConfigError(f"Router '{decision.router}' chose among {sorted(decision.scores)}; fit it again.")
+        top_k = 1 if policy.aggregator.takes_one else policy.top_k
+        top_k = min(top_k, self._max_calls(decision, request, policy))
         if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
             raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
         return replace(decision.top(top_k), route_ms=(time.perf_counter() - started) * 1e3)
+
+    def _max_calls(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
+        if policy.max_usd is None:
+            return policy.max_calls
+        ranked = (self._experts[e].spec for e in decision.ranked())
+        return calls_within(ranked, request, max_calls=policy.max_calls, max_usd=policy.max_usd)
 
 
 @asynccontextmanager
@@ -78,9 +89,11 @@ async def deadline(request: Request) -> AsyncIterator[None]:
     Belongs around the loop that consumes a stream, never inside a generator: a timeout must not span a yield.
     """
     try:
-        async with asyncio.timeout(request.expires_s - time.monotonic()):
+        async with asyncio.timeout(request.expires_s - time.monotonic()) as limit:
             yield
     except TimeoutError as exc:
+        if not limit.expired():
+            raise
         raise DeadlineExceeded(f"The request took longer than its {request.deadline_s:g} s.") from exc
 
 

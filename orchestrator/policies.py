@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from experts.errors import BadRequest, NotFound
 from orchestrator.aggregators.base import Aggregator
@@ -25,7 +25,6 @@ class Overrides:
     max_usd: float | None = None
 
 
-T = TypeVar("T")
 _NONE = Overrides()
 
 
@@ -53,7 +52,10 @@ class PolicyBook:
         return [SERVICE_MODEL, *(m for m in self._by_model if m != SERVICE_MODEL)]
 
     def resolve(self, model: str, overrides: Overrides = _NONE) -> Policy:
-        """Raises NotFound for a model, BadRequest for an override, that does not exist."""
+        """Raises NotFound for a model, BadRequest for an override, that does not exist.
+
+        A request may ask for more calls than its policy, up to the service's limit; never for a bigger budget.
+        """
         policy = self._by_model.get(model)
         if policy is None:
             raise NotFound(f"No model '{model[:100]}'. GET /v1/models lists what there is.", param="model")
@@ -64,19 +66,38 @@ class PolicyBook:
                 f"Model '{model}' is one expert, asked by name; to route, ask for '{SERVICE_MODEL}'.",
                 param="collegium",
             )
+        _check_positive(overrides)
         return replace(
             policy,
-            router=self._pick(self._routers, overrides.router, "router") or policy.router,
-            aggregator=self._pick(self._aggregators, overrides.aggregator, "aggregator") or policy.aggregator,
+            router=_pick(self._routers, overrides.router, "router", policy.router),
+            aggregator=_pick(self._aggregators, overrides.aggregator, "aggregator", policy.aggregator),
             top_k=overrides.top_k or policy.top_k,
             max_calls=min(overrides.max_calls or policy.max_calls, self._max_calls),
-            max_usd=policy.max_usd if overrides.max_usd is None else overrides.max_usd,
+            max_usd=min((usd for usd in (overrides.max_usd, policy.max_usd) if usd is not None), default=None),
         )
 
-    @staticmethod
-    def _pick(known: Mapping[str, T], name: str | None, what: str) -> T | None:
-        if name is not None and name not in known:
-            raise BadRequest(
-                f"No {what} '{name[:100]}' here; known: {', '.join(sorted(known))}.", param=f"collegium.{what}"
-            )
-        return known[name] if name is not None else None
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=_Named)
+
+
+def _pick(known: Mapping[str, T], name: str | None, what: str, own: T) -> T:
+    """The policy's ``own`` where the request names none or that one, whose options may differ from a namesake's."""
+    if name is None or name == own.name:
+        return own
+    if name not in known:
+        raise BadRequest(
+            f"No {what} '{name[:100]}' here; known: {', '.join(sorted(known))}.", param=f"collegium.{what}"
+        )
+    return known[name]
+
+
+def _check_positive(overrides: Overrides) -> None:
+    for key in ("top_k", "max_calls", "max_usd"):
+        value = getattr(overrides, key)
+        if value is not None and not value > 0:  # so put, NaN is refused too
+            raise BadRequest(f"collegium.{key} must be above 0, not {value}.", param=f"collegium.{key}")

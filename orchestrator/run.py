@@ -1,22 +1,28 @@
 """A request's life in one object, and who watches it."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from experts.errors import CollegiumError
+from experts.errors import BadRequest, DeadlineExceeded
 from experts.types import Request, Usage
 from orchestrator.aggregators.base import Aggregator
-from orchestrator.resilience import CallRecord
+from orchestrator.resilience import CallRecord, failure_kind
 from routers.base import RouteDecision, Router
+
+log = logging.getLogger(__name__)
+
+_TIMER_SLACK_S = 0.002  # uvloop's timers count whole milliseconds and may ring one too early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How a request is answered. ``max_calls`` bounds the experts asked: choices, hedges and fallbacks."""
+    """How a request is answered. ``max_calls`` bounds the experts asked: choices, hedges and fallbacks; asking the
+    same one again after a failure is not counted. ``max_usd`` bounds what all of them together may cost."""
 
     name: str
     router: Router
@@ -43,7 +49,10 @@ class Run:
     @property
     def usage(self) -> Usage:
         """All calls together."""
-        return sum((c.usage for c in self.calls), Usage())
+        return Usage(
+            prompt_tokens=sum(c.usage.prompt_tokens for c in self.calls),
+            completion_tokens=sum(c.usage.completion_tokens for c in self.calls),
+        )
 
     @property
     def usd(self) -> float:
@@ -51,7 +60,8 @@ class Run:
 
 
 class Observer(Protocol):
-    """Who wants to know: metrics, the decision store, traces, the log. Must not block and must not raise."""
+    """Who wants to know: metrics, the decision store, traces, the log. Must not block; one that raises is logged and
+    the request goes on."""
 
     def routed(self, run: Run) -> None: ...
 
@@ -78,38 +88,40 @@ class Ledger:
 
     @asynccontextmanager
     async def watch(self, run: Run) -> AsyncIterator[None]:
-        """Keeps ``run`` for as long as it lasts and settles how it ended."""
-        started = time.monotonic()
-        self._runs[run.request.request_id] = run
+        """Keeps ``run`` for as long as it lasts and settles how it ended. Raises BadRequest for an id in use."""
+        started, request_id = time.monotonic(), run.request.request_id
+        if request_id in self._runs:
+            raise BadRequest(f"A request with the id '{request_id[:100]}' is under way.", param="request_id")
+        self._runs[request_id] = run
         self._idle.clear()
         try:
             yield
-        except CollegiumError as exc:
-            run.error = exc.code
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            run.error = "deadline_exceeded" if time.monotonic() >= run.request.expires_s else "cancelled"
-            raise
-        except BaseException:
-            run.error = "internal_error"
+        except BaseException as exc:
+            run.error = failure_kind(exc)
+            # Whoever ends the run says only that it is to end, not why.
+            if run.error == "cancelled" and time.monotonic() >= run.request.expires_s - _TIMER_SLACK_S:
+                run.error = DeadlineExceeded.code
             raise
         finally:
             run.latency_s = time.monotonic() - started
-            del self._runs[run.request.request_id]
+            del self._runs[request_id]
             if not self._runs:
                 self._idle.set()
-            for observer in self._observers:
-                observer.ended(run)
+            self._tell(lambda observer: observer.ended(run))
 
     def note_route(self, run: Run) -> None:
         run.routed_s = time.monotonic()
-        for observer in self._observers:
-            observer.routed(run)
+        self._tell(lambda observer: observer.routed(run))
 
     def note_call(self, call: CallRecord) -> None:
         """For Timed experts. A call of no run (a router's own question, say) is nobody's business here."""
-        if (run := self._runs.get(call.request_id)) is None:
-            return
-        run.calls.append(call)
+        if (run := self._runs.get(call.request_id)) is not None:
+            run.calls.append(call)
+            self._tell(lambda observer: observer.called(run, call))
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
         for observer in self._observers:
-            observer.called(run, call)
+            try:
+                tell(observer)
+            except Exception:
+                log.exception("observer %s failed", type(observer).__name__)

@@ -1,24 +1,18 @@
-"""``collegium.yaml``: what may stand in it, and how a mistake in it is explained.
+"""What may stand in ``collegium.yaml``: pydantic models. ``spec`` methods turn them into the dataclasses that the rest
+of the code uses."""
 
-pydantic models of the file; ``specs`` properties turn them into the dataclasses that the rest of the code uses.
-"""
-
-import difflib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from experts.errors import ConfigError
-from experts.types import EngineSpec, ExpertSpec, SamplingParams
+from experts.types import Backend, EngineSpec, ExpertSpec, SamplingParams
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Autoscaling(Section):
@@ -30,6 +24,8 @@ class Autoscaling(Section):
 
 
 class BaseEngine(Section):
+    backend: Backend
+    model: str
     options: dict[str, Any] = Field({}, description="Handed to the backend as they are.")
     memory_gib: PositiveFloat | None = Field(None, description="What the engine takes when loaded.")
 
@@ -37,8 +33,8 @@ class BaseEngine(Section):
         own = self.model_dump(exclude={"backend", "model", "options", "memory_gib"}, exclude_none=True)
         return EngineSpec(
             engine_id=engine_id,
-            backend=self.backend,  # type: ignore[attr-defined]  # every subclass has one
-            model=self.model,  # type: ignore[attr-defined]
+            backend=self.backend,
+            model=self.model,
             options={**own, **self.options},
             memory_gib=self.memory_gib,
         )
@@ -138,12 +134,20 @@ class AggregatorConfig(Section):
     options: dict[str, Any] = {}
 
 
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 class PolicyConfig(Section):
     """``router`` and ``aggregator`` may be given by name alone."""
 
-    router: RouterConfig | str = "always"
+    router: Annotated[RouterConfig, BeforeValidator(_named, json_schema_input_type=RouterConfig | str)] = RouterConfig(
+        name="always"
+    )
     top_k: PositiveInt = 1
-    aggregator: AggregatorConfig | str = "first"
+    aggregator: Annotated[AggregatorConfig, BeforeValidator(_named, json_schema_input_type=AggregatorConfig | str)] = (
+        AggregatorConfig(name="first")
+    )
     max_calls: PositiveInt | None = None
     max_usd: PositiveFloat | None = None
 
@@ -152,7 +156,7 @@ class Limits(Section):
     deadline_s: PositiveFloat = 120
     max_concurrency: PositiveInt = 256
     queue: int = Field(1024, ge=0)
-    max_calls: PositiveInt = 8
+    max_calls: PositiveInt = Field(8, description="What no policy and no request may exceed.")
     max_body_bytes: PositiveInt = 4 * 2**20
     max_messages: PositiveInt = 1024
     max_tokens: PositiveInt = 32768
@@ -161,7 +165,7 @@ class Limits(Section):
 
 
 class Resilience(Section):
-    retries: int = Field(2, ge=0)
+    retries: int = Field(2, ge=0, le=10)
     backoff_s: PositiveFloat = 0.2
     first_chunk_s: PositiveFloat = Field(60, description="An expert silent for so long has failed.")
     breaker_failures: PositiveInt = 5
@@ -214,81 +218,3 @@ class Config(Section):
     decisions: Decisions = Decisions()
     telemetry: Telemetry = Telemetry()
     encoder: Encoder = Encoder()
-
-
-def load_config(path: Path) -> Config:
-    """Read and check ``path``. Raises ConfigError that names the place, the mistake and the nearest right word."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"Cannot read {path}: {exc.strerror}. 'collegium init' writes one that works.") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path} is not YAML: {exc}") from exc
-    return parse_config(data, source=str(path))
-
-
-def parse_config(data: object, *, source: str = "config") -> Config:
-    """Check ``data``. Raises ConfigError with one line a mistake."""
-    try:
-        config = Config.model_validate(data)
-    except ValidationError as exc:
-        lines = [f"  {_explain(error)}" for error in exc.errors()]
-        raise ConfigError(f"{source} has {len(lines)} mistake(s):\n" + "\n".join(lines)) from exc
-    mistakes = _dangling(config)
-    if mistakes:
-        raise ConfigError(f"{source} has {len(mistakes)} mistake(s):\n" + "\n".join(f"  {m}" for m in mistakes))
-    return config
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."
-
-
-def _explain(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"] if part not in _BACKENDS)
-    if error["type"] != "extra_forbidden":
-        return f"{place}: {error['msg']}"
-    key = str(error["loc"][-1])
-    return f"{place}: unknown key{nearest(key, _keys_at(error['loc'][:-1]))}"
-
-
-_BACKENDS = ("vllm", "openai", "serve", "recorded", "fake")
-
-
-def _keys_at(loc: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at ``loc`` may have, found in the JSON Schema."""
-    schema = Config.model_json_schema()
-    node: Mapping[str, Any] = schema
-    for part in loc:
-        node = _step(schema, node, part)
-    return sorted(_resolve(schema, node).get("properties", {}))
-
-
-def _step(schema: Mapping[str, Any], node: Mapping[str, Any], part: Any) -> Mapping[str, Any]:
-    node = _resolve(schema, node)
-    for choice in (node, *(_resolve(schema, c) for c in (*node.get("anyOf", ()), *node.get("oneOf", ())))):
-        if part in choice.get("properties", {}):
-            return dict(choice["properties"][part])
-        if choice.get("properties", {}).get("backend", {}).get("const") == part or choice.get("title") == part:
-            return choice
-    named = next(iter(node.get("patternProperties", {}).values()), None)  # a dictionary whose keys are Names
-    return dict(named or node.get("additionalProperties") or node.get("items") or {})
-
-
-def _resolve(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:
-    return schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
-
-
-def _dangling(config: Config) -> list[str]:
-    """Names that point nowhere."""
-    mistakes = [
-        f"experts.{expert_id}.engine: no engine '{expert.engine}'{nearest(expert.engine, list(config.engines))}"
-        for expert_id, expert in config.experts.items()
-        if expert.engine not in config.engines
-    ]
-    if "default" not in config.policies:
-        mistakes.append("policies: one must be called 'default'; it answers for the model 'collegium'.")
-    mistakes += [f"experts.{e}: 'collegium' is the service's own name." for e in config.experts if e == "collegium"]
-    return mistakes
