@@ -1,0 +1,96 @@
+"""The other end of serve_handle.py: what runs in a replica, and how Ray Serve is told to host it.
+
+Imports vLLM, so only whoever deploys imports it, and the replicas themselves.
+"""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+from experts.models import MODELS, resolve
+from experts.types import EngineSpec
+from experts.vllm_options import Options, environment, read_options
+
+
+class JsonServer(LLMServer):
+    """ray.serve.llm's server with JSON in and out, so that callers need no vLLM."""
+
+    async def __init__(self, llm_config: LLMConfig, *, spec: EngineSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        # Anew, with the model made ready on this node: what whoever deploys has in its cache says nothing about ours.
+        folder = await asyncio.to_thread(resolve, spec.model)
+        await super().__init__(make_llm_config(spec, source=folder))
+
+    async def stream(self, method: str, body: Mapping[str, Any]) -> AsyncGenerator[str | Mapping[str, Any], None]:
+        """``method`` is "chat" or "completions", ``body`` as in OpenAI's API. Yields SSE events, or an error object."""
+        model: Any = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[method]
+        try:
+            request = model.model_validate(body)
+        except ValidationError as exc:
+            yield {"error": {"message": exc.errors()[0]["msg"], "code": 400}}
+            return
+        async for item in await getattr(self, method)(request):
+            for event in item if isinstance(item, list) else [item]:
+                yield event if isinstance(event, str) else event.model_dump()
+
+
+def make_deployment(spec: EngineSpec, *, name: str, version: str, drain_s: float) -> Application:
+    """A JsonServer for ``spec``, to be bound into an application. Deployed again under the same ``version``, its
+    replicas stay; a replica that has to go first finishes its requests, for up to ``drain_s``."""
+    app = build_llm_deployment(
+        make_llm_config(spec, source=spec.model),
+        deployment_cls=JsonServer,
+        bind_kwargs={"spec": spec},
+        override_serve_options={"name": name, "graceful_shutdown_timeout_s": drain_s},
+    )
+    return pin(app, version)
+
+
+def pin(app: Application, version: str) -> Application:
+    """Serve gives every deployment a random version, and with it new replicas, each time it is deployed. It has no
+    public way to say that nothing changed."""
+    return Application(app._bound_deployment.options(version=version, _internal=True))
+
+
+def make_llm_config(spec: EngineSpec, *, source: str) -> LLMConfig:
+    """``spec`` in Ray's words. ``source`` is the model's folder, or its id on a hub. Raises ConfigError."""
+    from vllm.platforms import current_platform
+
+    cpu = bool(current_platform.is_cpu())
+    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    options = read_options(spec, source, known, cpu=cpu, cores=len(os.sched_getaffinity(0)))
+    scaling = spec.options.get("autoscaling")
+    actor: dict[str, Any] = {} if spec.memory_gib is None else {"memory": int(spec.memory_gib * 2**30)}
+    if cpu:
+        # The replica only passes messages: its CPU is the engine's, below.
+        actor["num_cpus"] = 0
+    offline = {"HF_HUB_OFFLINE": "1"} if spec.model in MODELS else {}
+    return LLMConfig(
+        model_loading_config={"model_id": spec.model, "model_source": source},
+        engine_kwargs=_engine_kwargs(options),
+        # Of its own, Ray asks for a GPU for each of the engine's workers.
+        placement_group_config={"bundle_per_worker": {"CPU": spec.options.get("cpu_threads", 1)}} if cpu else None,
+        deployment_config={
+            "ray_actor_options": actor,
+            **({"autoscaling_config": dict(scaling)} if scaling else {"num_replicas": 1}),
+        },
+        runtime_env={"env_vars": {**environment(source), **offline, **options.cores}},
+        # Every token its own event: Ray would gather them for 50 ms, and hold the first one back for as long.
+        experimental_configs={"stream_batching_interval_ms": 0},
+        log_engine_metrics=not options.arguments["disable_log_stats"],
+    )
+
+
+def _engine_kwargs(options: Options) -> dict[str, Any]:
+    """vLLM's engine and server arguments, which Ray takes together. It sets ``model`` itself."""
+    modules = [LoRAModulePath(name=name, path=folder) for name, folder in options.adapters.items()]
+    kwargs = {**options.arguments, **options.serving, "lora_modules": modules or None}
+    return {name: value for name, value in kwargs.items() if name != "model" and value is not None}

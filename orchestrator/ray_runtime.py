@@ -1,0 +1,200 @@
+"""`collegium serve --runtime ray`, and what deploy/serve.yaml names: start or join Ray, deploy, end what was started.
+
+Ray is imported inside functions, and only after ENVIRONMENT is set: Serve reads its environment when it is imported.
+"""
+
+import logging
+import os
+import queue
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import CollegiumError, ConfigError, ExpertFailed
+from orchestrator import log as logs
+from orchestrator.config import Config, VllmConfig, load_config, nearest
+from orchestrator.ray_gateway import deploy_application, make_application
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+log = logging.getLogger(__name__)
+
+APP = "collegium"
+ENVIRONMENT = {
+    # HAProxy in C in front of the gateways, instead of Serve's proxy in Python.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # One event loop a replica instead of three, gRPC between replicas.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A gateway that has to go waits for HAProxy to hear of it; Ray's 30 s are for load balancers further away.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What the operator has set himself stays."""
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Requests and answers travel inside messages; Ray would take a third of the memory."""
+
+
+def build_application(args: Mapping[str, Any]) -> "Application":
+    """``args``: ``config``, the file's path; ``ingress_replicas`` (1); ``revision``, anything: `serve deploy` looks at
+    these arguments and not into the file, so this is what to change when the file did. Raises ConfigError."""
+    known = ("config", "ingress_replicas", "revision")
+    for key in args:
+        if key not in known:
+            raise ConfigError(f"args: unknown key '{key}'{nearest(key, known)}")
+    if "config" not in args:
+        raise ConfigError("args: 'config' is missing, the path of a collegium.yaml.")
+    path = Path(args["config"]).absolute()
+    replicas = int(args.get("ingress_replicas", 1))
+    return make_application(load_config(path), folder=path.parent, ingress_replicas=replicas)
+
+
+def run(
+    config: Config,
+    *,
+    config_path: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+    ingress_replicas: int = 1,
+) -> None:
+    """Serve ``config`` until SIGINT or SIGTERM; SIGHUP reads ``config_path`` and deploys it. For the main thread.
+
+    ``address`` is a cluster to join ("auto": this machine's); without it a Ray of our own is started. At the end goes
+    what was started here: of a cluster that was joined, our application only. Raises ConfigError and ExpertFailed.
+    """
+    from orchestrator.server import listen
+
+    logs.configure(config.telemetry.log_level)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with listen(host, port) as listener:
+        # Only to see that it is free, and which one 0 stands for.
+        port = listener.getsockname()[1]
+    try:
+        with _ray(config, address), _signals() as hangups, _serve(host, port), _deployment():
+            _deploy(config, ingress_replicas)
+            log.info("collegium on http://%s:%d, on Ray", host, port)
+            while hangups.get():
+                _redeploy(config_path, ingress_replicas)
+    except KeyboardInterrupt:
+        log.info("stopped")
+
+
+@contextmanager
+def _ray(config: Config, address: str | None) -> Iterator[None]:
+    import ray
+
+    try:
+        if address is not None:
+            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT})
+        else:
+            ray.init(
+                address="local",
+                num_cpus=_cpus(config),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                # Without it Ray's own ports are open to the network.
+                _node_ip_address="127.0.0.1",
+            )
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        raise ConfigError(
+            f"Cannot {'join' if address else 'start'} Ray{f' at {address}' if address else ''}: {exc}"
+        ) from exc
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cpus(config: Config) -> int:
+    """Ray's CPUs are tickets, not cores: enough for every replica that may run, or it would wait for ever."""
+    engines = [e for e in config.engines.values() if isinstance(e, VllmConfig)]
+    replicas = [e.autoscaling.max_replicas if e.autoscaling else 1 for e in engines]
+    tickets = sum(n * int(e.options.get("cpu_threads", 1)) for n, e in zip(replicas, engines, strict=True))
+    return max(os.cpu_count() or 1, tickets)
+
+
+@contextmanager
+def _signals() -> Iterator["queue.SimpleQueue[bool]"]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, whatever runs; each SIGHUP puts True into the queue."""
+    hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.default_int_handler,
+        signal.SIGHUP: lambda *_: hangups.put(True),
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield hangups
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _serve(host: str, port: int) -> Iterator[None]:
+    """Ray Serve, started if the cluster has none."""
+    from ray import serve
+
+    if serve.status().proxies:
+        log.warning("Ray Serve runs already in this cluster: its own address and settings hold")
+        yield
+        return
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        yield
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _deployment() -> Iterator[None]:
+    """Our application goes at the end, however far it came."""
+    from ray import serve
+
+    try:
+        yield
+    finally:
+        serve.delete(APP)
+
+
+def _deploy(config: Config, ingress_replicas: int) -> None:
+    """In a process that ends with it: describing the engines to Ray takes all of vLLM."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    task: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0)
+    try:
+        ray.get(task(deploy_application).remote(config, name=APP, folder=Path.cwd(), ingress_replicas=ingress_replicas))
+    except RayTaskError as exc:
+        if isinstance(exc.cause, CollegiumError):
+            raise exc.cause from exc
+        reason = "; ".join(_troubles()) or str(exc.cause)
+        raise ExpertFailed(f"Ray Serve could not deploy the service: {reason}", retryable=False) from exc
+
+
+def _troubles() -> Iterator[str]:
+    """Of each deployment that is not well: the last line of what Serve says about it, a traceback as a rule."""
+    from ray import serve
+
+    app = serve.status().applications.get(APP)
+    for name, deployment in app.deployments.items() if app else ():
+        lines = [line for line in deployment.message.splitlines() if line.strip()]
+        if lines and deployment.status != "HEALTHY":
+            yield f"{name}: {lines[-1].strip()}"
+
+
+def _redeploy(config_path: Path | None, ingress_replicas: int) -> None:
+    if config_path is None:
+        log.warning("nothing to reload: the service runs on its embedded config")
+        return
+    try:
+        _deploy(load_config(config_path), ingress_replicas)
+    except CollegiumError as exc:
+        log.error("config not reloaded, the old one stays: %s", exc.message)
+    else:
+        log.info("config reloaded from %s", config_path)
