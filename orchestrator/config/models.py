@@ -174,6 +174,8 @@ class Resilience(Section):
 
 
 class Residency(Section):
+    """Accepted, and not acted on yet: every engine is loaded at the start and stays."""
+
     slots: PositiveInt | None = None
     max_wait_s: PositiveFloat = 5
     min_loaded_s: NonNegativeFloat = 10
