@@ -137,7 +137,7 @@ def dearest_usd(spec: ExpertSpec, request: Request) -> float:
 
 def _too_dear(usd: float, max_usd: float) -> BadRequest:
     return BadRequest(
-        f"No answer can be had for {max_usd:g} USD; it may take {usd:.2g}. "
+        f"No answer can be had for {max_usd:g} USD; it may take {usd:.4g}. "
         "Raise collegium.max_usd or lower max_tokens.",
         param="collegium.max_usd",
     )

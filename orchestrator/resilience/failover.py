@@ -1,6 +1,7 @@
 """Another try after a failure: at the same expert, then at the next best."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class Retrying:
         self._backoff_s = backoff_s
 
     async def generate(self, request: Request) -> ChunkStream:
-        for attempt in range(self._retries + 1):
+        for attempt in itertools.count():
             begun = False
             try:
                 async with aclosing(_answer(self._inner, request)) as stream:

@@ -1,0 +1,364 @@
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from experts.base import EngineExpert, Expert, collect
+from experts.errors import BadRequest, ExpertFailed, QueueFull
+from experts.fake import FakeEngine
+from experts.types import EngineSpec, ExpertSpec, Message, Request, SamplingParams
+from orchestrator.dispatch import Admission, affordable, ask_all, calls_within, chains, dearest_usd
+from routers.base import RouteDecision, decide
+
+Virtual = Callable[[Callable[[], Any]], Any]
+REQUEST = Request(prompt="?")
+
+
+def fake(expert_id: str, **options: Any) -> EngineExpert:
+    engine = FakeEngine(EngineSpec(engine_id=expert_id, backend="fake", model="fake", options=options))
+    return EngineExpert(ExpertSpec(expert_id=expert_id, engine_id=expert_id), engine)
+
+
+def pool(**scripts: dict[str, Any]) -> dict[str, EngineExpert]:
+    return {expert_id: fake(expert_id, **options) for expert_id, options in scripts.items()}
+
+
+def engine(expert: EngineExpert) -> FakeEngine:
+    assert isinstance(expert.engine, FakeEngine)
+    return expert.engine
+
+
+# Admission
+
+
+class Places(RuleBasedStateMachine):
+    """Callers come, are cancelled and leave in any order, several of them between two turns of the loop; a list of who
+    should run and who should wait, in order, is kept beside."""
+
+    LIMIT, QUEUE = 2, 3
+
+    @initialize()
+    def open(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.admission = Admission(max_concurrency=self.LIMIT, queue=self.QUEUE)
+        self.inside: list[int] = []
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.doors: dict[int, asyncio.Event] = {}
+        self.runs: list[int] = []
+        self.waits: list[int] = []
+
+    async def _visit(self, number: int, door: asyncio.Event) -> None:
+        async with self.admission.place():
+            self.inside.append(number)
+            try:
+                await door.wait()
+            finally:
+                self.inside.remove(number)
+
+    def _turn(self) -> None:
+        """Until everyone is where he stays."""
+        for _ in range(4):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+    @rule()
+    def come(self) -> None:
+        number, door = len(self.tasks), asyncio.Event()
+        self.doors[number] = door
+        self.tasks[number] = self.loop.create_task(self._visit(number, door))
+        self._turn()
+        if len(self.runs) < self.LIMIT:
+            self.runs.append(number)
+        elif len(self.waits) < self.QUEUE:
+            self.waits.append(number)
+        else:
+            assert isinstance(self.tasks[number].exception(), QueueFull)
+
+    @precondition(lambda self: self.runs or self.waits)
+    @rule(data=st.data())
+    def go(self, data: st.DataObject) -> None:
+        """Some leave by the door, some are cancelled, all in one turn of the loop."""
+        present = [*self.runs, *self.waits]
+        for number in data.draw(st.lists(st.sampled_from(present), unique=True, min_size=1)):
+            if number in self.runs and data.draw(st.booleans()):
+                self.doors[number].set()
+            else:
+                self.tasks[number].cancel()
+            (self.runs if number in self.runs else self.waits).remove(number)
+        self._turn()
+        while self.waits and len(self.runs) < self.LIMIT:
+            self.runs.append(self.waits.pop(0))
+
+    @precondition(lambda self: self.runs and self.waits)
+    @rule()
+    def hand_over_to_one_who_leaves(self) -> None:
+        """The place is given to the first in the queue, who is cancelled before he can take it."""
+        first, heir = self.tasks[self.runs.pop(0)], self.tasks[self.waits.pop(0)]
+
+        async def cancel_in_between() -> None:
+            first.cancel()
+            await asyncio.sleep(0)
+            assert first.done()
+            assert not heir.done()
+            heir.cancel()
+
+        self.loop.run_until_complete(cancel_in_between())
+        self._turn()
+        if self.waits:
+            self.runs.append(self.waits.pop(0))
+
+    @invariant()
+    def exactly_those_run_who_should(self) -> None:
+        assert sorted(self.inside) == sorted(self.runs)
+        assert self.admission.queued == len(self.waits)
+
+    def teardown(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        self._turn()
+        assert all(task.done() for task in self.tasks.values())
+        assert not self.inside
+        assert self.admission.queued == 0
+        assert self.admission._free == self.LIMIT
+        self.loop.close()
+
+
+TestPlaces = Places.TestCase
+TestPlaces.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+async def test_past_the_queue_callers_are_told_to_come_back() -> None:
+    admission = Admission(max_concurrency=1, queue=0)
+    async with admission.place():
+        with pytest.raises(QueueFull, match="0 requests wait") as caught:
+            async with admission.place():
+                pass
+    assert caught.value.retry_after_s == 1.0
+    async with admission.place():
+        pass
+
+
+async def test_first_come_first_served() -> None:
+    admission, order = Admission(max_concurrency=1, queue=9), []
+
+    async def visit(number: int) -> None:
+        async with admission.place():
+            order.append(number)
+
+    async with admission.place():
+        tasks = [asyncio.create_task(visit(i)) for i in range(5)]
+        await asyncio.sleep(0)
+        assert admission.queued == 5
+    await asyncio.gather(*tasks)
+    assert order == [0, 1, 2, 3, 4]
+
+
+async def test_a_place_is_given_back_when_its_block_fails() -> None:
+    admission = Admission(max_concurrency=1, queue=0)
+    with pytest.raises(KeyError):
+        async with admission.place():
+            raise KeyError
+    async with admission.place():
+        pass
+
+
+async def test_a_waiter_who_is_cancelled_as_a_place_frees_up_lets_the_next_in() -> None:
+    admission = Admission(max_concurrency=1, queue=9)
+    entered = []
+
+    async def visit(name: str) -> None:
+        async with admission.place():
+            entered.append(name)
+
+    async with admission.place():
+        gone, next_one = asyncio.create_task(visit("gone")), asyncio.create_task(visit("next"))
+        await asyncio.sleep(0)
+        gone.cancel()
+    await asyncio.gather(gone, next_one, return_exceptions=True)
+    assert gone.cancelled()
+    assert entered == ["next"]
+
+
+# chains
+
+
+def decision(*expert_ids: str, k: int) -> RouteDecision:
+    scores = {e: 1.0 - i / 10 for i, e in enumerate(expert_ids)}
+    return decide(scores, reason="", router="test").top(k)
+
+
+async def asked(rows: list[Expert]) -> list[str]:
+    done = await asyncio.gather(*(collect(row.generate(REQUEST), REQUEST) for row in rows), return_exceptions=True)
+    return [d.expert_id if not isinstance(d, BaseException) else type(d).__name__ for d in done]
+
+
+@pytest.mark.parametrize(
+    ("max_calls", "answers", "calls"),
+    [
+        (1, ["ExpertFailed"], [1, 0, 0, 0]),
+        (2, ["ExpertFailed"], [1, 1, 0, 0]),
+        (3, ["c"], [1, 1, 1, 0]),
+        (8, ["c"], [1, 1, 1, 0]),
+    ],
+)
+async def test_spares_stand_by_in_order_of_score_up_to_max_calls(
+    max_calls: int, answers: list[str], calls: list[int]
+) -> None:
+    experts = pool(a={"fail": ["error"]}, b={"fail": ["error"]}, c={}, d={})
+    rows = chains(decision(*"abcd", k=1), experts, max_calls=max_calls, hedge_after_s=None)
+    assert await asked(rows) == answers
+    assert [engine(e).calls for e in experts.values()] == calls
+
+
+async def test_choices_share_their_spares() -> None:
+    experts = pool(a={"fail": ["error"]}, b={"fail": ["error"]}, c={}, d={})
+    rows = chains(decision(*"abcd", k=2), experts, max_calls=8, hedge_after_s=None)
+    assert sorted(await asked(rows)) == ["c", "d"]
+    assert [row.spec.expert_id for row in rows] == ["a", "b"]
+
+
+async def test_without_spares_the_experts_are_asked_as_they_are() -> None:
+    experts = pool(a={}, b={})
+    assert chains(decision("a", "b", k=2), experts, max_calls=8, hedge_after_s=1.0) == list(experts.values())
+    assert chains(decision("a", "b", k=1), experts, max_calls=1, hedge_after_s=1.0) == [experts["a"]]
+
+
+def test_each_hedged_choice_takes_one_spare_and_falls_back_on_the_rest(virtual: Virtual) -> None:
+    hang, error = {"fail": ["hang"]}, {"fail": ["error"]}
+    experts = pool(a=hang, b=error, c=error, d=hang, e={}, f={})
+    rows = chains(decision(*"abcdef", k=2), experts, max_calls=5, hedge_after_s=1.0)
+
+    async def read() -> str:
+        # b and its spare d: d hangs. a and its spare c: c has failed, a hangs.
+        tasks = [asyncio.create_task(collect(row.generate(REQUEST), REQUEST)) for row in rows]
+        await asyncio.sleep(50)
+        calls = "".join(str(engine(e).calls) for e in experts.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return calls
+
+    assert virtual(read) == "111100"
+    assert sum(engine(e).running for e in experts.values()) == 0
+
+
+@given(
+    size=st.integers(1, 6),
+    k=st.integers(1, 6),
+    max_calls=st.integers(1, 8),
+    bad=st.sets(st.integers(0, 5)),
+    hedge=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_never_more_than_max_calls_and_nobody_twice(
+    size: int, k: int, max_calls: int, bad: set[int], hedge: bool
+) -> None:
+    names = "abcdef"[:size]
+    experts = pool(**{e: {"fail": ["error" if i in bad else "ok"]} for i, e in enumerate(names)})
+    k = min(k, size, max_calls)
+    rows = chains(decision(*names, k=k), experts, max_calls=max_calls, hedge_after_s=60.0 if hedge else None)
+    answers = asyncio.run(asked(rows))
+    calls = [engine(e).calls for e in experts.values()]
+    assert max(calls) == 1
+    assert sum(calls) <= max_calls
+    good = [e for e in answers if e != "ExpertFailed"]
+    assert len(set(good)) == len(good)
+    # Nobody is given up while a good expert could still have been asked.
+    spare_good = [i for i, n in enumerate(calls) if n == 0 and i not in bad]
+    assert len(good) == k or not spare_good or sum(calls) == max_calls or hedge
+
+
+# ask_all
+
+
+async def test_answers_come_in_the_experts_order_less_the_failed() -> None:
+    experts = [fake("a", ttft_s=0.01), fake("b", fail=["error"]), fake("c"), fake("d", fail=["cut"])]
+    assert [a.expert_id for a in await ask_all(experts, REQUEST)] == ["a", "c"]
+
+
+async def test_the_first_experts_failure_is_raised_when_all_fail() -> None:
+    with pytest.raises(ExpertFailed, match="'a'"):
+        await ask_all([fake("a", ttft_s=0.01, fail=["error"]), fake("b", fail=["refuse"])], REQUEST)
+
+
+async def test_a_bug_in_one_expert_is_not_hidden_by_the_others_answers() -> None:
+    broken = fake("a", chunks=None)
+    with pytest.raises(TypeError):
+        await ask_all([broken, fake("b")], REQUEST)
+    assert engine(broken).running == 0
+
+
+async def test_answers_that_break_off_are_replaced_because_nobody_has_seen_them() -> None:
+    experts = pool(a={"fail": ["cut"]}, b={"fail": ["cut"]}, c={}, d={})
+    rows = chains(decision(*"abcd", k=1), experts, max_calls=8, hedge_after_s=None)
+    assert [a.expert_id for a in await ask_all(rows, REQUEST)] == ["c"]
+
+
+def test_a_caller_who_goes_stops_every_expert(virtual: Virtual) -> None:
+    experts = [fake("a", fail=["hang"]), fake("b", chunk_s=60.0, chunks=9), fake("c")]
+
+    async def leave() -> None:
+        task = asyncio.create_task(ask_all(experts, REQUEST))
+        await asyncio.sleep(1)
+        assert [engine(e).running for e in experts] == [1, 1, 0]
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [engine(e).running for e in experts] == [0, 0, 0]
+        assert [engine(e).cancelled for e in experts] == [1, 1, 0]
+
+    virtual(leave)
+
+
+# Budgets
+
+ASKED = Request(messages=(Message(role="user", content="x" * 400),), params=SamplingParams(max_tokens=50))
+
+
+def priced(expert_id: str, usd_in: float = 0.0, usd_out: float = 0.0, **more: Any) -> ExpertSpec:
+    return ExpertSpec(
+        expert_id=expert_id, engine_id="e", usd_per_mtok_in=usd_in * 1e6, usd_per_mtok_out=usd_out * 1e6, **more
+    )
+
+
+def test_the_dearest_answer_counts_prompt_answers_and_the_experts_own_words() -> None:
+    assert dearest_usd(priced("a", 1.0), ASKED) == 100
+    assert dearest_usd(priced("a", 0.0, 1.0), ASKED) == 50
+    own = priced("a", 1.0, system_prompt="x" * 40, demos=(("x" * 20, "x" * 20),))
+    assert dearest_usd(own, ASKED) == 120
+    three = Request(prompt="x" * 8, params=SamplingParams(n=3))
+    assert dearest_usd(priced("a", 1.0, 1.0), three) == 2 + 3 * 256
+    assert dearest_usd(priced("a", 0.0, 1.0, defaults=SamplingParams(max_tokens=10)), three) == 30
+
+
+def test_who_alone_is_too_dear_is_no_candidate() -> None:
+    specs = [priced("dear", 2.0), priced("cheap", 0.5), priced("free")]
+    assert affordable(specs, ASKED, None) == specs
+    assert [s.expert_id for s in affordable(specs, ASKED, 50.0)] == ["cheap", "free"]
+    with pytest.raises(BadRequest, match="for 10 USD; it may take 50") as caught:
+        affordable(specs[:2], ASKED, 10.0)
+    assert caught.value.param == "collegium.max_usd"
+
+
+@pytest.mark.parametrize(
+    ("max_usd", "max_calls", "calls"), [(100, 9, 1), (149, 9, 1), (150, 9, 2), (151, 9, 3), (999, 2, 2), (999, 9, 3)]
+)
+def test_all_who_are_asked_share_one_budget(max_usd: float, max_calls: int, calls: int) -> None:
+    ranked = [priced("a", 1.0), priced("b", 0.5), priced("c", 0.01)]
+    assert calls_within(ranked, ASKED, max_calls=max_calls, max_usd=max_usd) == calls
+
+
+def test_a_budget_that_buys_no_call_is_refused() -> None:
+    with pytest.raises(BadRequest, match="it may take 100"):
+        calls_within([priced("a", 1.0), priced("b")], ASKED, max_calls=8, max_usd=99)
+
+
+async def test_an_unread_stream_starts_nothing() -> None:
+    expert = fake("a")
+    async with aclosing(expert.generate(REQUEST)):
+        pass
+    assert engine(expert).calls == 0
