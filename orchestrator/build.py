@@ -22,7 +22,7 @@ from orchestrator.run import Ledger, Observer, Policy
 from orchestrator.security import KeyRing
 from routers import ROUTERS
 from routers.base import Router, RouterParts
-from routers.encoders import Encoder
+from routers.encoders import Encoder, MiniLM
 
 FREE_ROUTERS = ("always", "random", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
@@ -93,9 +93,8 @@ def make_router(config: RouterConfig, experts: Mapping[str, Expert], encoder: Ca
 
 
 def make_encoder(model: str, cache_size: int) -> Encoder:
-    """Raises ConfigError when the model or the package that runs it is missing."""
-    encoder: Encoder = _load({model: "routers.encoders:MiniLM"}, model, "encoder")(model=model, cache_size=cache_size)
-    return encoder
+    """``model`` is its name or a folder. Loads nothing. Raises ConfigError when the model or its package is missing."""
+    return MiniLM(model=model, cache_size=cache_size)
 
 
 def make_aggregator(config: AggregatorConfig) -> Aggregator:

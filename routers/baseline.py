@@ -3,9 +3,9 @@
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from experts.errors import ConfigError
+from experts.errors import BadRequest, ConfigError
 from experts.types import ExpertSpec, Request
 from routers.base import RouteDecision, RouterParts, decide
 
@@ -16,9 +16,7 @@ class Always:
     name = "always"
 
     def __init__(self, parts: RouterParts, *, expert: str | None = None) -> None:
-        if expert is not None and expert not in parts.experts:
-            raise ConfigError(f"router 'always': no expert '{expert}'; known: {', '.join(parts.experts)}.")
-        self._expert = expert
+        self._expert = None if expert is None else _known(expert, parts.experts, "router 'always'")
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
         ranks = {s.expert_id: 1.0 / (i + 2) for i, s in enumerate(pool)}
@@ -35,6 +33,12 @@ class Direct:
         self._expert_id = expert_id
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
+        if all(s.expert_id != self._expert_id for s in pool):
+            raise BadRequest(
+                f"Expert '{self._expert_id}', asked for by name, costs more than the request may; raise "
+                "collegium.max_usd or lower max_tokens.",
+                param="collegium.max_usd",
+            )
         scores = {self._expert_id: 1.0}
         return [decide(scores, reason="asked for by name", router=self.name) for _ in requests]
 
@@ -53,7 +57,8 @@ class Random:
 
     def _draw(self, request: Request, pool: Sequence[ExpertSpec]) -> RouteDecision:
         seed = request.metadata.get("route_seed")
-        source = self._random if seed is None else random.Random(seed)  # noqa: S311
+        # By way of str, whatever a caller sends is a seed.
+        source = self._random if seed is None else random.Random(str(seed))  # noqa: S311
         scores = {s.expert_id: source.random() for s in pool}
         return decide(scores, reason="drawn at random", router=self.name)
 
@@ -78,9 +83,11 @@ class RoundRobin:
 class Rules:
     """The first rule that matches says who answers.
 
-    A rule is {"expert": id} and one or more of "contains" (words, any of them), "regex", "tag" (request metadata),
-    "min_chars", "max_chars", all of which must hold. ``default`` answers when no rule matches. The text is read up to
-    ``READ_CHARS``, which bounds what an unlucky expression can cost.
+    A rule is {"expert": id} and one or more of "contains" (a text or a list of texts, any of them, whatever the case),
+    "regex" (whatever the case), "tag" (the request's metadata), "min_chars" and "max_chars" (of the whole question),
+    all of which must hold. ``default`` answers when no rule matches. Texts and expressions look at the question's
+    first ``READ_CHARS`` characters, which bounds what a slow expression costs; one with nested repeats, as in
+    ``(a+)+$``, can still take for ever and does not belong in a config.
     """
 
     name = "rules"
@@ -88,18 +95,15 @@ class Rules:
     KEYS = ("expert", "contains", "regex", "tag", "min_chars", "max_chars")
 
     def __init__(self, parts: RouterParts, *, rules: Sequence[Mapping[str, object]], default: str) -> None:
-        self._rules = [_Rule(rule, number) for number, rule in enumerate(rules, 1)]
-        self._default = default
-        for expert in (default, *(rule.expert for rule in self._rules)):
-            if expert not in parts.experts:
-                raise ConfigError(f"router 'rules': no expert '{expert}'; known: {', '.join(parts.experts)}.")
+        self._rules = [_Rule(rule, number, parts.experts) for number, rule in enumerate(rules, 1)]
+        self._default = _known(default, parts.experts, "router 'rules', default")
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
         return [self._apply(request, pool) for request in requests]
 
     def _apply(self, request: Request, pool: Sequence[ExpertSpec]) -> RouteDecision:
-        text, known = request.question[: self.READ_CHARS], [s.expert_id for s in pool]
-        hits = [rule for rule in self._rules if rule.expert in known and rule.holds(text, request)]
+        known = [s.expert_id for s in pool]
+        hits = [rule for rule in self._rules if rule.expert in known and rule.holds(request)]
         reason = f"rule {hits[0].number}: {hits[0].says}" if hits else "no rule matched"
         # Later matches, then the default, stand by as spares in that order.
         order = dict.fromkeys([*(rule.expert for rule in hits), self._default, *known])
@@ -108,39 +112,61 @@ class Rules:
 
 
 class _Rule:
-    def __init__(self, rule: Mapping[str, object], number: int) -> None:
-        unknown = set(rule) - set(Rules.KEYS)
-        if unknown or "expert" not in rule:
-            raise ConfigError(
-                f"router 'rules', rule {number}: needs 'expert' and knows {Rules.KEYS}, got {list(rule)}."
-            )
+    def __init__(self, rule: Mapping[str, object], number: int, experts: Collection[str]) -> None:
+        place = f"router 'rules', rule {number}"
+        if not isinstance(rule, Mapping) or "expert" not in rule or not set(rule) <= set(Rules.KEYS):
+            raise ConfigError(f"{place}: a rule has 'expert' and some of {', '.join(Rules.KEYS[1:])}; got {rule!r}.")
+        if len(rule) == 1:
+            raise ConfigError(f"{place}: matches everything; name its expert as 'default' instead.")
         self.number = number
-        self.expert = str(rule["expert"])
-        self.says = ", ".join(f"{k} {v}" for k, v in rule.items() if k != "expert") or "everything"
-        self._words = [w.casefold() for w in _words(rule.get("contains"))]
-        self._regex = _compile(rule.get("regex"), number)
+        self.expert = _known(rule["expert"], experts, place)
+        self.says = ", ".join(f"{k} {v}" for k, v in rule.items() if k != "expert")
+        self._texts = _texts(rule.get("contains"), place)
+        self._regex = _compile(rule.get("regex"), place)
         self._tag = rule.get("tag")
-        self._min, self._max = int(str(rule.get("min_chars", 0))), rule.get("max_chars")
+        self._min, self._max = _count(rule, "min_chars", place), _count(rule, "max_chars", place)
 
-    def holds(self, text: str, request: Request) -> bool:
+    def holds(self, request: Request) -> bool:
+        question = request.question
+        text = question[: Rules.READ_CHARS]
         folded = text.casefold()
         return (
-            (not self._words or any(w in folded for w in self._words))
-            and (self._regex is None or self._regex.search(text) is not None)
+            (self._min is None or len(question) >= self._min)
+            and (self._max is None or len(question) <= self._max)
             and (self._tag is None or request.metadata.get("tag") == self._tag)
-            and len(text) >= self._min
-            and (self._max is None or len(text) <= int(str(self._max)))
+            and (self._texts is None or any(t in folded for t in self._texts))
+            and (self._regex is None or self._regex.search(text) is not None)
         )
 
 
-def _words(value: object) -> list[str]:
+def _known(expert: object, experts: Collection[str], place: str) -> str:
+    if not isinstance(expert, str) or expert not in experts:
+        raise ConfigError(f"{place}: no expert '{expert}'; known: {', '.join(experts)}.")
+    return expert
+
+
+def _texts(value: object, place: str) -> list[str] | None:
     if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(v) for v in value]  # type: ignore[attr-defined]
+        return None
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) and t for t in texts):
+        raise ConfigError(f"{place}: 'contains' is a text or a list of texts, got {value!r}.")
+    return [t.casefold() for t in texts]
 
 
-def _compile(value: object, number: int) -> re.Pattern[str] | None:
+def _count(rule: Mapping[str, object], key: str, place: str) -> int | None:
+    value = rule.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"{place}: '{key}' is a number of characters, got {value!r}.")
+    return value
+
+
+def _compile(value: object, place: str) -> re.Pattern[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{place}: 'regex' is a regular expression, got {value!r}.")
     try:
-        return None if value is None else re.compile(str(value), re.IGNORECASE)
-    except re.error as exc:
-        raise ConfigError(f"router 'rules', rule {number}: '{value}' is no regular expression: {exc}.") from exc
+        return re.compile(value, re.IGNORECASE)
+    except (re.error, RecursionError, OverflowError) as exc:
+        raise ConfigError(f"{place}: '{value[:100]}' is no regular expression: {exc}.") from exc
