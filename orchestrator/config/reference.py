@@ -51,7 +51,7 @@ def _kind(node: Mapping[str, Any]) -> str:
             return f"list of {_kind(node.get('items', {}))}"
         case "object":
             values = node.get("additionalProperties") or next(iter(node.get("patternProperties", {}).values()), True)
-            return "mapping" if values is True else f"mapping of name to {_kind(values)}"
+            return f"mapping of name to {_kind(values)}" if isinstance(values, Mapping) else "mapping"
         case kind:
             return f"{kind or 'anything'}{_bounds(node)}"
 
