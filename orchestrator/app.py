@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -21,7 +22,7 @@ from orchestrator.build import Service, build_service, make_engine
 from orchestrator.config import Config, load_config
 from orchestrator.decisions import DecisionLog, MemoryShelf, SqliteShelf
 from orchestrator.endpoints import Endpoints
-from orchestrator.exchange import error_reply
+from orchestrator.exchange import BROKEN, error_reply
 from orchestrator.host import Host
 from orchestrator.log import RequestLog
 from orchestrator.metrics import Metrics
@@ -64,7 +65,7 @@ def create_app(
     )
     app.state.host = host
     mount(app, Endpoints(host, decisions, metrics, reload=lambda: _reload(host, config_path)))
-    _explain_errors(app)
+    _explain_errors(app, metrics)
     return app
 
 
@@ -84,9 +85,9 @@ async def _lifespan(host: Host, decisions: DecisionLog, tracing: Tracing | None)
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
         await host.close()
-        decisions.close()
+        await asyncio.to_thread(decisions.close)
         if tracing is not None:
-            tracing.close()
+            await asyncio.to_thread(tracing.close)
 
 
 async def _reload(host: Host, config_path: Path | None) -> None:
@@ -101,18 +102,24 @@ def _shelf(config: Config) -> MemoryShelf | SqliteShelf:
     return MemoryShelf(kept.keep) if kept.path is None else SqliteShelf(kept.path, kept.keep, log.error)
 
 
-def _explain_errors(app: FastAPI) -> None:
+def _explain_errors(app: FastAPI, metrics: Metrics) -> None:
     """Every failure, Starlette's own included, leaves as OpenAI's error object."""
 
     @app.exception_handler(CollegiumError)
     async def ours(_: HttpRequest, exc: CollegiumError) -> Response:
+        metrics.refused(exc.code)
         return error_reply(exc)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: HttpRequest, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
 
     @app.exception_handler(HTTPException)
     async def starlettes(http: HttpRequest, exc: HTTPException) -> Response:
         phrase = HTTPStatus(exc.status_code).phrase
         error = BadRequest(f"{phrase}: {http.method} {http.url.path[:200]}. /docs lists what there is.")
         error.status, error.code = exc.status_code, phrase.lower().replace(" ", "_")
+        metrics.refused(error.code)
         reply = error_reply(error)
         reply.headers.update(exc.headers or {})
         return reply
@@ -122,6 +129,5 @@ def _explain_errors(app: FastAPI) -> None:
         return error_reply(BadRequest(f"{exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}."))
 
     @app.exception_handler(Exception)
-    async def bugs(_: HttpRequest, exc: Exception) -> Response:
-        log.error("a bug: %s", exc, exc_info=exc)
-        return error_reply(CollegiumError("Something broke in collegium itself; its log says what."))
+    async def bugs(_: HttpRequest, __: Exception) -> Response:
+        return error_reply(CollegiumError(BROKEN))  # the server logs it

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,12 +12,14 @@ from starlette.responses import Response
 from experts.errors import Forbidden, NotFound, Unavailable
 from experts.types import Request
 from orchestrator.build import Service
+from orchestrator.client import read_body
 from orchestrator.decisions import DecisionLog
-from orchestrator.exchange import AnswerStream, JSONReply, WholeAnswer, read_body
+from orchestrator.exchange import AnswerStream, JSONReply, WholeAnswer
 from orchestrator.host import Host
+from orchestrator.invalid import explain_invalid
 from orchestrator.log import request_id
 from orchestrator.metrics import Metrics
-from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, Extension, RouteBody, explain_invalid
+from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, Extension, RouteBody
 from orchestrator.pipeline import deadline
 from orchestrator.policies import SERVICE_MODEL, Overrides
 from orchestrator.replies import ChatFormat, CompletionFormat, Format, explanation
@@ -50,7 +51,8 @@ class Endpoints:
         body = await _read(http, RouteBody, service)
         policy = _policy(body.model, body.collegium, service, tenant)
         run = Run(request=body.request(service.config.limits, tenant.name), policy=policy)
-        async with deadline(run.request):
+        request_id.set(run.request.request_id)
+        async with deadline(run.request), service.admission.place():
             run.decision = await service.orchestrator.route(run.request, policy)
         told = explanation(run)
         return JSONReply({key: told[key] for key in ("request_id", "policy", "aggregator", "decision")})
@@ -61,10 +63,11 @@ class Endpoints:
         encoder = service.encoder()
         if body.model not in (SERVICE_MODEL, encoder.name):
             raise NotFound(f"No embedding model '{body.model}'; the encoder is '{encoder.name}'.", param="model")
-        _allow(SERVICE_MODEL, tenant)
-        async with deadline(Request(prompt="", deadline_s=service.config.limits.deadline_s)):
+        _allow(body.model, tenant)
+        within = deadline(Request(prompt="", deadline_s=service.config.limits.deadline_s))
+        async with within, service.admission.place():
             vectors = await encoder.encode(body.texts())
-        tokens = await encoder.count_tokens(body.texts())
+            tokens = await encoder.count_tokens(body.texts())
         return JSONReply(
             {
                 "object": "list",
@@ -90,7 +93,7 @@ class Endpoints:
 
     async def decision(self, http: HttpRequest, request_id: str) -> Response:
         _, tenant = self._enter(http, ready=False)
-        found = self._decisions.read(request_id, tenant.name)
+        found = await self._decisions.read(request_id, tenant.name)
         if found is None:
             raise NotFound(f"No decision '{request_id[:100]}' is kept; the oldest ones are dropped.")
         return JSONReply(found)
@@ -153,7 +156,7 @@ async def _read(http: HttpRequest, kind: type[B], service: Service) -> B:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as exc:
-        raise explain_invalid(exc, _known_keys(kind)) from exc
+        raise explain_invalid(exc, kind) from exc
 
 
 def _policy(model: str, extension: Extension | None, service: Service, tenant: Tenant) -> Policy:
@@ -165,15 +168,6 @@ def _policy(model: str, extension: Extension | None, service: Service, tenant: T
 def _allow(model: str, tenant: Tenant) -> None:
     if not tenant.may_ask(model):
         raise Forbidden(f"This API key may not ask for '{model}'.", param="model")
-
-
-@cache
-def _known_keys(kind: type[BaseModel]) -> dict[str, list[str]]:
-    """The keys a body may have, by the key they stand under, for the hint in an error."""
-    known = {"": list(kind.model_fields)}
-    if "collegium" in kind.model_fields:
-        known["collegium"] = list(Extension.model_fields)
-    return known
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Structured logs: one JSON object a line, with the request id where there is one."""
 
+import json
 import logging
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import orjson
 
+from experts.errors import BadRequest, ContextLengthExceeded
 from orchestrator.resilience import CallRecord
 from orchestrator.run import Run
 
@@ -27,7 +29,11 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps({k: v for k, v in line.items() if v is not None}, default=str).decode()
+        line = {k: v for k, v in line.items() if v is not None}
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # a lone surrogate (a file name, say) or a huge number: slower, but it takes everything
+            return json.dumps(line, default=str)
 
 
 def configure(level: str) -> None:
@@ -37,6 +43,9 @@ def configure(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+_NOBODYS_FAULT = (None, "cancelled", BadRequest.code, ContextLengthExceeded.code)
+
+
 class RequestLog:
     """The Observer that writes one line a request."""
 
@@ -44,7 +53,7 @@ class RequestLog:
         """Said when the run ends."""
 
     def called(self, run: Run, call: CallRecord) -> None:
-        if call.error and call.error != "cancelled":
+        if call.error not in _NOBODYS_FAULT:
             log.warning("expert %s failed: %s", call.expert_id, call.error)
 
     def ended(self, run: Run) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,11 +19,13 @@ class Metrics:
     """The Observer that counts. ``service`` gives the Service of the moment, for the gauges."""
 
     def __init__(self, service: Callable[[], Service]) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.registry.register(Gauges(service))
+        ProcessCollector(registry=self.registry)
         name = "collegium_{}".format
         self._requests = self._counter(name("requests"), "Requests by policy and how they ended", "policy", "outcome")
-        self._failures = self._counter(name("failures"), "Failed requests and calls by kind", "kind")
+        self._failures = self._counter(name("failures"), "Failures by kind, of requests and of calls", "of", "kind")
+        self._refusals = self._counter(name("refusals"), "Requests refused before they ran, by kind", "kind")
         self._routes = self._counter(name("routes"), "Requests routed to an expert", "expert", "router")
         self._calls = self._counter(name("calls"), "Expert calls by how they ended", "expert", "outcome")
         self._tokens = self._counter(name("tokens"), "Tokens by expert and kind", "expert", "kind")
@@ -51,13 +53,17 @@ class Metrics:
         if call.ttft_s is not None:
             self._ttft(expert).observe(call.ttft_s)
         if call.error:
-            self._failures(call.error).inc()
+            self._failures("call", call.error).inc()
 
     def ended(self, run: Run) -> None:
         self._requests(run.policy.name, run.error or "ok").inc()
         self._latency(run.policy.name).observe(run.latency_s)
-        if run.error and not run.calls:
-            self._failures(run.error).inc()
+        if run.error:
+            self._failures("request", run.error).inc()
+
+    def refused(self, kind: str) -> None:
+        """A request that never became a run: no such key, model or path, a bad body, too many."""
+        self._refusals(kind).inc()
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -69,6 +75,15 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str) -> Callable[..., Histogram]:
         return lru_cache(maxsize=None)(Histogram(name, text, labels, registry=self.registry, buckets=SECONDS).labels)
+
+
+class Registry(CollectorRegistry):
+    """Without the ``_created`` series, one for each counter and histogram, that nobody reads."""
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
 
 
 class Gauges(Collector):

@@ -1,17 +1,34 @@
 """OpenAI's HTTP format, inbound: pydantic models of the bodies, turned into a Request at once. See also replies.py."""
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from experts.errors import BadRequest
 from experts.types import Message, Request, SamplingParams
-from orchestrator.config import Limits, nearest
+from orchestrator.config import Limits
 from orchestrator.policies import Overrides
 
-JsonObject = dict[str, Any]
+T = TypeVar("T")
+
+
+def _portable(value: dict[str, Any]) -> dict[str, Any]:
+    """pydantic takes NaN and integers of any size in free JSON; what comes after cannot send them on."""
+    try:
+        orjson.dumps(value)
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"not JSON as it can be sent on ({exc})") from exc
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_portable)]
+# Bounded, and checked up to the first mistake only: a body of a million wrong items must not cost seconds.
+Rows = Annotated[list[T], Field(max_length=16_384, fail_fast=True)]
+Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -52,9 +69,9 @@ class Tool(Wire):
 
 class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Rows[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Rows[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = Field(None, description="Accepted, so that an assistant's reply can be sent back; not read.")
 
@@ -107,7 +124,7 @@ class Body(Wire):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -179,11 +196,11 @@ class ChatBody(Body):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Rows[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Rows[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="Accepted for compatibility; not read.")
     response_format: ResponseFormat | None = None
@@ -218,7 +235,7 @@ class CompletionBody(Body):
         json_schema_extra={"examples": [{"model": "collegium", "prompt": "The capital of France is", "max_tokens": 8}]}
     )
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     def request(self, limits: Limits, tenant: str | None) -> Request:
@@ -241,7 +258,7 @@ class RouteBody(Wire):
     )
 
     model: str = Field("collegium", min_length=1, max_length=200)
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Rows[ChatMessage] = Field(min_length=1)
     collegium: Extension | None = None
 
     def request(self, limits: Limits, tenant: str | None) -> Request:
@@ -255,7 +272,7 @@ class EmbeddingBody(Wire):
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "collegium", "input": ["one", "two"]}]})
 
     model: str = Field(min_length=1, max_length=200, description="'collegium' or the encoder's own name.")
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
@@ -266,23 +283,3 @@ class EmbeddingBody(Wire):
 def _metadata(extension: Extension | None, metadata: Mapping[str, str] | None) -> JsonObject:
     seed = extension.seed if extension else None
     return {**(metadata or {}), **({} if seed is None else {"route_seed": seed})}
-
-
-def explain_invalid(exc: ValidationError, known: Mapping[str, Sequence[str]]) -> BadRequest:
-    """The mistake that tells most, in words: an unknown key (with the nearest known one), else the innermost.
-
-    ``known`` lists the keys that may stand under a key; "" is the body itself.
-    """
-    errors = exc.errors(include_url=False, include_input=False)
-    error = min(errors, key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
-    # pydantic puts the branch of a union into the path ("content.list[TextPart].0"); a caller never wrote that.
-    path = [str(p) for p in error["loc"] if isinstance(p, int) or not _BRANCH.fullmatch(p)]
-    place = ".".join(path)[:200]
-    if error["type"] == "json_invalid":
-        return BadRequest(f"The body is not JSON: {error['ctx']['error']}.")
-    if error["type"] == "extra_forbidden":
-        return BadRequest(f"Unknown key '{place}'{nearest(path[-1], known.get('.'.join(path[:-1]), ()))}", param=place)
-    return BadRequest(f"{place or 'body'}: {error['msg'].removeprefix('Value error, ')}.", param=place or None)
-
-
-_BRANCH = re.compile(r"str|constrained-str|NamedTool|literal\[.*\]|list\[.*\]")

@@ -2,11 +2,18 @@
 
 from typing import Any
 
+import orjson
+
 from experts.errors import CollegiumError
 from experts.types import Chunk, Completion, Usage
 from orchestrator.run import Run
 
 JsonObject = dict[str, Any]
+
+
+def to_json(body: Any) -> bytes:
+    """NaN becomes null, and what JSON does not know (an aggregator's trace may hold anything) its text."""
+    return orjson.dumps(body, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def error_body(exc: CollegiumError) -> JsonObject:
@@ -33,7 +40,7 @@ def explanation(run: Run) -> JsonObject:
         and {
             "expert_ids": decision.expert_ids,
             "weights": decision.weights,
-            "scores": decision.scores,
+            "scores": dict(decision.scores),
             "reason": decision.reason,
             "router": decision.router,
             "route_ms": round(decision.route_ms, 3),

@@ -49,8 +49,8 @@ class Bucket:
 class KeyRing:
     """The keys of a config. Only their digests are kept.
 
-    Raises ConfigError when a key's environment variable is unset or empty: a service that meant to ask for keys must
-    not start open.
+    Raises ConfigError when a key's environment variable is unset or empty (a service that meant to ask for keys must
+    not start open), and when two have the same key.
     """
 
     def __init__(self, security: Security) -> None:
@@ -58,6 +58,9 @@ class KeyRing:
         self._tenants = [(digest, Tenant(name=name, models=frozenset(key.models))) for name, key, digest in rows]
         self._buckets = {name: _bucket(key) for name, key, _ in rows}
         self._admin = None if security.admin_key_env is None else _digest(_read(security.admin_key_env))
+        digests = [digest for digest, _ in self._tenants] + ([self._admin] if self._admin else [])
+        if len(set(digests)) < len(digests):
+            raise ConfigError("security: two of the keys are the same; nobody could tell who asks.")
 
     def tenant(self, authorization: str | None) -> Tenant:
         """Who sent the header ``Authorization: Bearer KEY``. Raises Unauthorized or RateLimited."""
@@ -86,17 +89,18 @@ def _bucket(key: ApiKey) -> Bucket | None:
     return None if key.requests_per_minute is None else Bucket(key.requests_per_minute)
 
 
-def _read(env: str) -> str:
-    value = os.environ.get(env, "")
+def _read(env: str) -> bytes:
+    value = os.environ.get(env, "").strip()
     if not value:
         raise ConfigError(f"security: the environment variable {env} is not set; put the key there.")
-    return value
+    return os.fsencode(value)
 
 
-def _bearer(authorization: str | None) -> str:
+def _bearer(authorization: str | None) -> bytes:
+    """The key as it was sent: HTTP's headers are bytes, which Starlette shows as Latin-1."""
     scheme, _, key = (authorization or "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

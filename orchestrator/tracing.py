@@ -19,14 +19,15 @@ Attributes = Mapping[str, str | int | float]
 
 
 class Tracing:
-    """The Observer that exports spans. Raises ConfigError when the extra is missing."""
+    """The Observer that exports spans."""
 
     def __init__(self, exporter: "SpanExporter") -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "collegium"}))
+        resource = Resource.create({"service.name": "collegium"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("collegium")
 
@@ -62,7 +63,7 @@ class Tracing:
         self._span("combine", root, clock.ns(last), clock.ns(end), {"aggregator": run.policy.aggregator.name})
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends what is left. Blocks, for some seconds when nobody takes it."""
         self._provider.shutdown()
 
     def _call(self, call: CallRecord, root: "Context", clock: "Clock") -> None:
@@ -98,10 +99,10 @@ class Clock:
 def make_tracing(endpoint: str) -> Tracing:
     """Spans over OTLP/HTTP to ``endpoint``. Raises ConfigError when the extra is missing."""
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from orchestrator.otlp import make_exporter
     except ImportError as exc:
         raise ConfigError("telemetry.otlp_endpoint needs: pip install 'collegium[otel]'.") from exc
-    return Tracing(OTLPSpanExporter(endpoint=endpoint))
+    return Tracing(make_exporter(endpoint))
 
 
 def _parent(run: Run) -> "Context | None":

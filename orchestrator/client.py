@@ -1,0 +1,107 @@
+"""The other end of an HTTP exchange: reads its body, watches it, and ends what nobody waits for any more."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Message, Receive, Send
+
+from experts.errors import BadRequest, TooLarge
+
+LOOK_AFTER_S = 0.05
+"""Most answers of a fast upstream are out before: only a longer one is worth the task that watches its client."""
+
+
+class SlowBody(BadRequest):
+    """The connection is closed after it: half a body may still come."""
+
+
+async def read_body(http: HttpRequest, *, max_bytes: int, within_s: float) -> bytes:
+    """Raises TooLarge past ``max_bytes``, before the rest is read; SlowBody when the body does not come in time;
+    BadRequest when it does not say that it is JSON, which keeps other sites' forms and scripts out of a browser."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise BadRequest("The body must be JSON and say so: send the header 'content-type: application/json'.")
+    too_large = TooLarge(f"The body is larger than {max_bytes} bytes.")
+    if _declared(http) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(within_s):
+            async for part in http.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as exc:
+        raise SlowBody(f"The body did not arrive within {within_s:g} s.") from exc
+    return bytes(body)
+
+
+def _declared(http: HttpRequest) -> float:
+    length = http.headers.get("content-length", "0")
+    if not length.isdecimal():
+        return 0
+    return int(length) if len(length) < 20 else float("inf")
+
+
+class ClientGone(Exception):
+    """The client went away or reads nothing; there is nobody left to answer."""
+
+
+class Client:
+    """The other end. While attended, the block is ended with ClientGone when the client leaves or stalls."""
+
+    def __init__(self, receive: Receive, send: Send, *, stall_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._stall_s = stall_s
+        self._sending_since: float | None = None
+        self._gone = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def send(self, message: Message) -> None:
+        self._sending_since = time.monotonic()
+        try:
+            await self._send(message)
+        except OSError as exc:  # what ASGI asks of servers; uvicorn says nothing
+            raise ClientGone from exc
+        self._sending_since = None
+
+    @asynccontextmanager
+    async def attended(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # a coroutine always runs in one
+        look = asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look, task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Ours only if nobody else, a timeout or a shutdown, has cancelled the task too.
+            if self._gone and task.uncancel() == 0:
+                raise ClientGone from None
+            raise
+        finally:
+            look.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
+
+    def _look(self, task: asyncio.Task[Any]) -> None:
+        self._watch = asyncio.create_task(self._await_end(task))
+
+    async def _await_end(self, task: asyncio.Task[Any]) -> None:
+        while not self._stalled():
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    message = await self._receive()
+            except TimeoutError:
+                continue
+            if message["type"] == "http.disconnect":
+                break
+        self._gone = True
+        task.cancel()
+
+    def _stalled(self) -> bool:
+        since = self._sending_since
+        return since is not None and time.monotonic() - since >= self._stall_s
