@@ -2,17 +2,19 @@
 for the three backends that meet it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experts.errors import BadRequest, CollegiumError, ContextLengthExceeded, ExpertFailed
 from experts.types import Chunk, ExpertSpec, FinishReason, Message, Request, Usage
 
 _FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+_BROKEN = ("error", "abort")
+"""What vLLM, and endpoints that resell others', say of an answer that was cut."""
 
 
 def request_body(request: Request, model: str) -> dict[str, Any]:
-    """The body of a streamed /chat/completions, or of /completions when ``request`` has a prompt, less what is unset."""
+    """The body of a streamed /chat/completions, or of /completions where there is a prompt, less what is unset."""
     params, chat = request.params, request.prompt is None
     body: dict[str, Any] = {
         "model": model,
@@ -50,35 +52,56 @@ def _message(message: Message) -> dict[str, Any]:
     return body
 
 
-def read_event(event: Mapping[str, Any], expert: ExpertSpec) -> Iterator[Chunk]:
-    """The chunks in one streamed event: one a choice that says something, one for the usage.
+def read_event(event: Mapping[str, Any], expert: ExpertSpec) -> list[Chunk]:
+    """The chunks in one streamed event, or in an answer that came whole: one a choice that says something, one for
+    the usage.
 
-    Raises the error that the event carries, if it carries one.
+    Raises the error that the event carries, if it carries one, and ExpertFailed for what is not OpenAI's format.
     """
-    if "error" in event:
-        error = event["error"]
-        raise read_error(_status(error), event, expert)
-    for choice in event.get("choices") or ():
-        delta = choice.get("delta")
-        text = choice.get("text") if delta is None else delta.get("content")
-        tool_calls = delta.get("tool_calls") if delta else None
-        reason = choice.get("finish_reason")
-        if text or tool_calls or reason:
-            yield Chunk(
-                expert_id=expert.expert_id,
-                text=text or "",
-                index=choice.get("index", 0),
-                tool_calls=tuple(tool_calls) if tool_calls else (),
-                logprobs=choice.get("logprobs"),
-                finish_reason=_FINISH.get(reason, "stop") if reason else None,
-            )
-    if usage := event.get("usage"):
-        yield Chunk(
-            expert_id=expert.expert_id,
-            usage=Usage(
-                prompt_tokens=usage.get("prompt_tokens") or 0, completion_tokens=usage.get("completion_tokens") or 0
-            ),
-        )
+    try:
+        if event.get("error") or event.get("object") == "error":
+            raise read_error(_status(event.get("error") or event), event, expert)
+        choices = event.get("choices") or ()
+        chunks = [chunk for choice in choices if (chunk := _read_choice(choice, expert.expert_id)) is not None]
+        if usage := event.get("usage"):
+            chunks.append(Chunk(expert_id=expert.expert_id, usage=_read_usage(usage)))
+    except (AttributeError, LookupError, TypeError, ValueError) as exc:
+        raise ExpertFailed(
+            f"Expert '{expert.expert_id}' sent what is not OpenAI's format ({exc}); see its engine's base_url."
+        ) from exc
+    return chunks
+
+
+def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
+    said = choice.get("delta") or choice.get("message") or choice
+    text = said.get("content") or said.get("text") or said.get("refusal")
+    tool_calls = said.get("tool_calls")
+    reason = choice.get("finish_reason")
+    if not (text or tool_calls or reason or said.get("reasoning_content") or said.get("reasoning")):
+        return None
+    if text and not isinstance(text, str):
+        raise TypeError(f"content of type {type(text).__name__}")
+    if reason in _BROKEN:
+        raise ExpertFailed(f"Expert '{expert_id}' broke off its answer (finish_reason '{reason}').")
+    return Chunk(
+        expert_id=expert_id,
+        text=text or "",
+        index=choice.get("index") or 0,
+        tool_calls=_tool_calls(tool_calls, whole="message" in choice) if tool_calls else (),
+        logprobs=choice.get("logprobs"),
+        finish_reason=_FINISH.get(reason, "stop") if reason else None,
+    )
+
+
+def _tool_calls(tool_calls: list[Any], *, whole: bool) -> tuple[Any, ...]:
+    """As deltas. The calls of a whole message have no index: they stand in order."""
+    return tuple({"index": i, **call} for i, call in enumerate(tool_calls)) if whole else tuple(tool_calls)
+
+
+def _read_usage(usage: Mapping[str, Any]) -> Usage:
+    return Usage(
+        prompt_tokens=int(usage.get("prompt_tokens") or 0), completion_tokens=int(usage.get("completion_tokens") or 0)
+    )
 
 
 def read_error(status: int, body: object, expert: ExpertSpec, retry_after_s: float | None = None) -> CollegiumError:
@@ -105,7 +128,7 @@ def read_error(status: int, body: object, expert: ExpertSpec, retry_after_s: flo
         f"Expert '{expert.expert_id}' failed (HTTP {status}): {message}",
         retryable=status in (408, 409, 429) or status >= 500,
         upstream_status=status,
-        retry_after_s=retry_after_s or 1.0,
+        retry_after_s=retry_after_s,
     )
 
 
@@ -117,8 +140,14 @@ def _status(error: object) -> int:
 def _error_message(body: object) -> str:
     error = body.get("error", body) if isinstance(body, Mapping) else body
     message = error.get("message", error) if isinstance(error, Mapping) else error
-    return str(message)[:500]
+    text = " ".join(str(message or "").split())
+    if text.startswith("<"):
+        title = _TITLE.search(text)
+        text = f"a web page, '{title[1].strip()}'" if title else "a web page"
+    return text[:500] or "no reason given"
 
+
+_TITLE = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
 
 # vLLM: "maximum context length is 64 tokens ... your prompt contains at least 80 input tokens" and variants;
 # OpenAI: "maximum context length is 4097 tokens. However, your messages resulted in 5000 tokens".
