@@ -13,4 +13,5 @@ class First:
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
-        return max(completions, key=lambda c: decision.scores.get(c.expert_id, float("-inf")))
+        ranks = {expert_id: rank for rank, expert_id in enumerate(decision.ranked())}
+        return min(completions, key=lambda c: (ranks.get(c.expert_id, len(ranks)), c.expert_id, c.index))

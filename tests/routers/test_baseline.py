@@ -3,7 +3,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import BadRequest, ConfigError
@@ -52,6 +52,7 @@ ROUTERS = [
 ]
 
 
+@settings(deadline=None)
 @given(
     router=st.sampled_from(ROUTERS),
     expert_ids=st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True),
@@ -96,6 +97,7 @@ async def test_direct_does_not_exceed_the_budget_that_took_its_expert_out_of_the
     assert caught.value.param == "collegium.max_usd"
 
 
+@settings(deadline=None)
 @given(seed=st.integers())
 def test_random_repeats_itself_with_the_same_seed(seed):
     first, second = Random(PARTS, seed=seed), Random(PARTS, seed=seed)
@@ -122,6 +124,7 @@ async def test_requests_with_different_seeds_differ():
     assert {d.expert_ids[0] for d in decisions} == {"a", "b", "c"}
 
 
+@settings(deadline=None)
 @given(batches=st.lists(st.integers(1, 5), min_size=1, max_size=10))
 def test_round_robin_is_fair_however_the_requests_come(batches):
     router = RoundRobin(PARTS)

@@ -1,0 +1,63 @@
+"""Answers in canonical form, so that equal ones are equal strings."""
+
+import re
+
+from orchestrator.aggregators.extract.latex import box, without_latex
+from orchestrator.aggregators.extract.numbers import first_number, last_number, settle_percents, whole_number
+from orchestrator.aggregators.extract.plain import plain, tail
+
+_LETTER = re.compile(r"[(\[*\s]{0,4}([A-Za-z])[)\].:*\s]{0,4}")
+_VARIABLE = re.compile(r"^\s*\$?[A-Za-z]\s?=\s?")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_CUE = re.compile(
+    r"\banswer(?: to [^.:\n]{1,60})??(?:\s(?:is|would be|should be)\b|[*_\"]{0,3}\s?[:=])|####", re.IGNORECASE
+)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
+_SHORT = 200
+"""Characters of a final answer. Longer ones are texts."""
+
+
+def value(text: str) -> str | None:
+    """A final answer in canonical form: a number by value, a letter, a formula without white space, else plain text.
+    None when it is empty."""
+    if len(text) > _SHORT:
+        return plain(text)
+    text = _VARIABLE.sub("", text)
+    cleaned = without_latex(text)
+    if (found := whole_number(cleaned)) is not None:
+        return found
+    if match := _LETTER.fullmatch(cleaned):
+        return match[1].upper()
+    is_formula = "\\" in text.replace("\\text", "") or "^" in text or not _WORD.search(cleaned)
+    return "".join(cleaned.casefold().split()).rstrip(".,;") or None if is_formula else plain(cleaned)
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two final answers, extracted or as they were written, mean the same."""
+    one, other = settle_percents([value(a) or "", value(b) or ""])
+    return a == b or one == other
+
+
+def stated(text: str) -> str | None:
+    """What follows the last "answer is", "Answer:" or "####", up to the end of its sentence, or None."""
+    text, end = tail(text), None
+    for match in _CUE.finditer(text):
+        end = match.end()
+    if end is None:
+        return None
+    return _SENTENCE_END.split(text[end : end + _SHORT].lstrip(" \t\n*:=_\"'"), 1)[0].strip() or None
+
+
+def number(text: str) -> str | None:
+    """The number that ``text`` settles on: in its last box, after its last "answer is", or simply its last one."""
+    inside, says = box(text), stated(text)
+    for part in (inside, says and says.rpartition("=")[2]):
+        if part and (found := first_number(part)) is not None:
+            return found
+    return last_number(text)
+
+
+def boxed(text: str) -> str | None:
+    """What the last closed box of ``text`` holds, or None."""
+    inside = box(text)
+    return None if inside is None else value(inside)
