@@ -1,5 +1,6 @@
 """'make demo': the service on its embedded default, four questions over HTTP, and an end that leaves nothing behind."""
 
+import json
 import os
 import signal
 import socket
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 QUESTIONS = (
     "What is the capital of France?",
-    "What is 17 + 25?",
-    "Translate into French: The book is on the table.",
+    "Sara has 5 boxes with 6 pens each. How many pens does she have?",
+    "How do you say good night in French?",
     "Write a Python function that returns the square of a number.",
 )
 MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
@@ -121,14 +122,27 @@ def _service(console: Console) -> Iterator[str]:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5):  # noqa: S310
+    while time.monotonic() < deadline and process.poll() is None:
+        state = _readiness(url)
+        if state["ready"]:
             return
-        if process.poll() is not None:
+        if any(str(engine).startswith("failed") for engine in state["engines"].values()):
             break
         time.sleep(0.2)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
     raise ExpertFailed(f"the service did not get ready. 'collegium doctor' may know why; its log ends with:\n{tail}")
+
+
+def _readiness(url: str) -> dict[str, Any]:
+    """The body of /readyz, which also says why it is not; before the port answers, that nothing is known."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as reply:  # noqa: S310  # our own service
+            return dict(json.load(reply))
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return dict(json.load(exc))
+    except OSError:
+        return {"ready": False, "engines": {}}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

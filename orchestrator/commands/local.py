@@ -1,20 +1,19 @@
 """Answers in this process: the service without its edges, and only the engines that are asked."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from experts.base import Engine
-from experts.types import ChunkStream, EngineSpec, ExpertSpec
+from experts.types import ChunkStream, EngineSpec, ExpertSpec, Request
 from orchestrator.build import Service, build_service, make_engine
 from orchestrator.commands.question import Explanation, Question, View
 from orchestrator.config import Config
 from orchestrator.pipeline import deadline
 from orchestrator.replies import explanation
-from orchestrator.resilience import CallRecord
-from orchestrator.run import Observer, Run
+from orchestrator.run import Policy, Run
 from routers.base import RouteDecision
 
 
@@ -33,7 +32,7 @@ class OnDemand:
                 await self._inner.load()
                 self._loaded = True
 
-    async def generate(self, request: Any, expert: ExpertSpec) -> ChunkStream:
+    async def generate(self, request: Request, expert: ExpertSpec) -> ChunkStream:
         await self.load()
         async with aclosing(self._inner.generate(request, expert)) as chunks:
             async for chunk in chunks:
@@ -43,54 +42,61 @@ class OnDemand:
         await self._inner.unload()
 
 
-class _Routed:
-    """The Observer that shows a decision as soon as it is made."""
+class _Decided:
+    """The Router that gives a decision made before."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, decision: RouteDecision) -> None:
+        self.name = decision.router
+        self._decision = decision
 
-    def routed(self, run: Run) -> None:
-        self._view.routed(explanation(run)["decision"])
-
-    def called(self, run: Run, call: CallRecord) -> None:
-        """Told by the explanation."""
-
-    def ended(self, run: Run) -> None:
-        """Told by the explanation."""
+    async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
+        return [self._decision for _ in requests]
 
 
 async def ask(config: Config, question: Question, view: View) -> Explanation:
     """Stream the answer to ``view``. Raises a CollegiumError."""
-    async with _service(config, [_Routed(view)]) as service:
-        first = await _route(service, question, view)
-        for engine_id in dict.fromkeys(service.experts[e].spec.engine_id for e in first.expert_ids):
-            with view.waiting(f"Loading engine {engine_id}"):
-                await service.engines[engine_id].load()
+    async with _service(config) as service:
         policy = service.policies.resolve(question.model, question.overrides)
-        run = Run(request=question.request(config), policy=policy)
+        decision = await _decide(service, question, policy, view)
+        shown = _shown(decision)
+        view.routed(shown)
+        await _load(service, decision, view)
+        run = Run(request=question.request(config), policy=replace(policy, router=_Decided(decision)))
         async with deadline(run.request), aclosing(service.orchestrator.generate(run)) as chunks:
             async for chunk in chunks:
                 view.text(chunk.text)
-        return explanation(run)
+        return {**explanation(run), "decision": shown}
 
 
 async def route(config: Config, question: Question, view: View) -> Mapping[str, Any]:
     """The decision alone; no engine is loaded unless the router itself asks one."""
-    async with _service(config, []) as service:
-        await _route(service, question, view)
-        return asdict(await _route(service, question, view))
+    async with _service(config) as service:
+        policy = service.policies.resolve(question.model, question.overrides)
+        return _shown(await _decide(service, question, policy, view))
 
 
-async def _route(service: Service, question: Question, view: View) -> RouteDecision:
-    """The first pass loads what the router needs, so that the next one takes as long as in a running service."""
-    policy = service.policies.resolve(question.model, question.overrides)
-    with view.waiting("Choosing an expert"):
-        return await service.orchestrator.route(question.request(service.config), policy)
+async def _decide(service: Service, question: Question, policy: Policy, view: View) -> RouteDecision:
+    """Another question goes first: it loads what the router needs, so that this one takes as long as in a running
+    service, and none of it from a cache."""
+    with view.waiting("Loading the router"):
+        await service.orchestrator.route(replace(question, text="Hello?").request(service.config), policy)
+    return await service.orchestrator.route(question.request(service.config), policy)
+
+
+async def _load(service: Service, decision: RouteDecision, view: View) -> None:
+    """Before the deadline runs."""
+    for engine_id in dict.fromkeys(service.experts[e].spec.engine_id for e in decision.expert_ids):
+        with view.waiting(f"Loading engine {engine_id}"):
+            await service.engines[engine_id].load()
+
+
+def _shown(decision: RouteDecision) -> Mapping[str, Any]:
+    return {**asdict(decision), "route_ms": round(decision.route_ms, 3)}
 
 
 @asynccontextmanager
-async def _service(config: Config, observers: list[Observer]) -> AsyncIterator[Service]:
-    service = build_service(config, observers=observers, make=_on_demand)
+async def _service(config: Config) -> AsyncIterator[Service]:
+    service = build_service(config, make=_on_demand)
     try:
         yield service
     finally:

@@ -53,12 +53,12 @@ def serve(
 def _greet(console: "Console", config: "Config", path: Path | None, listener: socket.socket) -> None:
     """Where it listens, and what to try."""
     url = _url(listener)
-    body = {"model": "collegium", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+    body = {"model": "collegium", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     key = '-H "Authorization: Bearer $COLLEGIUM_API_KEY" ' if config.security.api_keys else ""
     console.print(
         f"[bold]collegium[/] on [bold]{url}[/] with {len(config.experts)} experts on {len(config.engines)} engine(s), "
         f"by {path or 'the embedded default config'}. Ctrl-C stops it. Try:\n"
-        f'  collegium ask "What is 17 + 25?" --url {url}\n'
+        f'  collegium ask "What is the capital of France?" --url {url}\n'
         f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
         f"  {url}/docs",
         markup=True,

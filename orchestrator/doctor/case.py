@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experts.types import Backend, EngineSpec
-from orchestrator.config import Config, RouterConfig
+from orchestrator.config import Config
 
 ENCODER_ROUTERS = frozenset({"centroid"})
 """Routers that read embeddings, and so need the extra 'encoder' and its model."""
@@ -33,5 +33,4 @@ class Case:
 
     @property
     def needs_encoder(self) -> bool:
-        routers = [p.router for p in self.config.policies.values()]
-        return any((r.name if isinstance(r, RouterConfig) else r) in ENCODER_ROUTERS for r in routers)
+        return any(p.router.name in ENCODER_ROUTERS for p in self.config.policies.values())

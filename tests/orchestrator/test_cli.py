@@ -135,7 +135,7 @@ def test_the_starter_has_a_plain_expert_and_prompted_ones_on_one_real_engine() -
     assert all(len(expert.examples) >= 3 for expert in config.experts.values())
     prompted = [e for e in config.experts.values() if e.system_prompt and e.demos]
     assert 2 <= len(prompted) < len(config.experts)
-    assert (config.policies["panel"].top_k, config.policies["panel"].aggregator) == (3, "vote")
+    assert (config.policies["panel"].top_k, config.policies["panel"].aggregator.name) == (3, "vote")
 
 
 def test_the_config_is_the_one_named_then_the_one_here_then_the_embedded(tmp_path: Path) -> None:
