@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -53,5 +53,8 @@ def run_virtually(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 @pytest.fixture(scope="session")
-def virtual() -> Callable[[Callable[[], Coroutine[Any, Any, T]]], T]:
-    return run_virtually
+def virtual() -> Iterator[Callable[[Callable[[], Coroutine[Any, Any, T]]], T]]:
+    gc.collect()
+    gc.freeze()  # each run collects its own garbage only
+    yield run_virtually
+    gc.unfreeze()
