@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -13,6 +13,10 @@ from experts.errors import BadRequest, TooLarge
 
 LOOK_AFTER_S = 0.05
 """Most answers of a fast upstream are out before: only a longer one is worth the task that watches its client."""
+
+
+DISCARD_BYTES = 64 * 2**20
+DISCARD_S = 0.5
 
 
 class SlowBody(BadRequest):
@@ -25,19 +29,36 @@ async def read_body(http: HttpRequest, *, max_bytes: int, within_s: float) -> by
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise BadRequest("The body must be JSON and say so: send the header 'content-type: application/json'.")
-    too_large = TooLarge(f"The body is larger than {max_bytes} bytes.")
-    if _declared(http) > max_bytes:
-        raise too_large
+    parts, body = http.stream(), None
+    if _declared(http) <= max_bytes:
+        try:
+            async with asyncio.timeout(within_s):
+                body = await _take(parts, max_bytes)
+        except TimeoutError as exc:
+            raise SlowBody(f"The body did not arrive within {within_s:g} s.") from exc
+    if body is None:
+        await _discard(http, parts)
+        raise TooLarge(f"The body is larger than {max_bytes} bytes.")
+    return body
+
+
+async def _take(parts: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
     body = bytearray()
-    try:
-        async with asyncio.timeout(within_s):
-            async for part in http.stream():
-                body += part
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError as exc:
-        raise SlowBody(f"The body did not arrive within {within_s:g} s.") from exc
+    async for part in parts:
+        body += part
+        if len(body) > max_bytes:
+            return None
     return bytes(body)
+
+
+async def _discard(http: HttpRequest, parts: AsyncIterator[bytes]) -> None:
+    """Where the connection is to be closed, take some of what is left: closed on unread bytes, it would be reset, and
+    the client would lose our reply with it."""
+    left = DISCARD_BYTES if http.headers.get("connection", "").lower() == "close" else 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while left > 0 and (part := await anext(parts, None)) is not None:
+                left -= len(part)
 
 
 def _declared(http: HttpRequest) -> float:

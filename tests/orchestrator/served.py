@@ -37,8 +37,9 @@ def fake_config(sections: Mapping[str, Any] | None = None, **options: Any) -> di
 class Served:
     """A service that runs. ``service`` and ``engine`` may be looked at from the test's thread."""
 
-    def __init__(self, app: FastAPI, port: int) -> None:
+    def __init__(self, app: FastAPI, server: uvicorn.Server, port: int) -> None:
         self.app = app
+        self.server = server
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
@@ -92,6 +93,8 @@ def serving(
 ) -> Iterator[Served]:
     app = create_app(parse_config(config), config_path=config_path, make=make)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    # Small, so that it takes little to fill what lies between the two ends; connections inherit it.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     settings = uvicorn.Config(
         app, http=Http1, loop="uvloop", ws="none", access_log=False, log_config=None, timeout_graceful_shutdown=2
     )
@@ -100,7 +103,7 @@ def serving(
     thread.start()
     try:
         wait_for(lambda: app.state.host.ready)
-        yield Served(app, listener.getsockname()[1])
+        yield Served(app, server, listener.getsockname()[1])
     finally:
         server.should_exit = True
         thread.join()
