@@ -1,6 +1,7 @@
 """The other end of an HTTP exchange: reads its body, watches it, and ends what nobody waits for any more."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -10,6 +11,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Message, Receive, Send
 
 from experts.errors import BadRequest, TooLarge
+
+log = logging.getLogger(__name__)
 
 LOOK_AFTER_S = 0.05
 """Most answers of a fast upstream are out before: only a longer one is worth the task that watches its client."""
@@ -72,8 +75,13 @@ class ClientGone(Exception):
     """The client went away or reads nothing; there is nobody left to answer."""
 
 
+class Stopped(Exception):
+    """The service ends; the client is still there to be told."""
+
+
 class Client:
-    """The other end. While attended, the block is ended with ClientGone when the client leaves or stalls."""
+    """The other end. While attended, the block is ended with ClientGone when the client leaves or stalls, and with
+    Stopped when the server cancels it."""
 
     def __init__(self, receive: Receive, send: Send, *, stall_s: float) -> None:
         self._receive = receive
@@ -99,10 +107,8 @@ class Client:
         try:
             yield
         except asyncio.CancelledError:
-            # Ours only if nobody else, a timeout or a shutdown, has cancelled the task too.
-            if self._gone and task.uncancel() == 0:
-                raise ClientGone from None
-            raise
+            task.uncancel()
+            raise ClientGone if self._gone else Stopped from None
         finally:
             look.cancel()
             if self._watch is not None:
@@ -120,6 +126,8 @@ class Client:
                 continue
             if message["type"] == "http.disconnect":
                 break
+        else:
+            log.info("a client reads nothing; its request was ended")
         self._gone = True
         task.cancel()
 

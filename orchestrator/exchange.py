@@ -10,9 +10,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from experts.errors import CollegiumError
+from experts.errors import CollegiumError, Unavailable
 from experts.types import Chunk, Completion
-from orchestrator.client import Client, ClientGone, SlowBody
+from orchestrator.client import Client, ClientGone, SlowBody, Stopped
 from orchestrator.pipeline import Orchestrator, deadline
 from orchestrator.replies import Format, error_body, explanation, to_json, usage_body
 from orchestrator.run import Run
@@ -53,8 +53,11 @@ def bugs_told() -> Iterator[None]:
         raise CollegiumError(BROKEN) from exc
 
 
-class WholeAnswer(Response):
-    """The answer in one JSON object."""
+class Answer(Response):
+    """One run, answered in the way of its subclass; in an error's words when it fails, whatever the failure.
+
+    A failure before the first byte is an ordinary error reply.
+    """
 
     background = None  # FastAPI looks
 
@@ -64,29 +67,52 @@ class WholeAnswer(Response):
         self._form = form
         self._explain = explain
         self._stall_s = stall_s
+        self._created = int(time.time())
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = Client(receive, send, stall_s=self._stall_s)
         try:
             async with client.attended():
-                reply = await self._reply()
-                await reply(scope, receive, client.send)
+                await self._answer(client)
         except ClientGone:
             return
+        except Stopped:
+            await self._fail(Unavailable("The service is shutting down; ask again."), client)
 
-    async def _reply(self) -> JSONReply:
+    async def _answer(self, client: Client) -> None:
         try:
             with bugs_told():
-                return self._render(await self._orchestrator.complete(self._run))
+                await self._give(client)
         except CollegiumError as exc:
-            return error_reply(exc, self._run.request.request_id)
+            await self._fail(exc, client)
+
+    async def _give(self, client: Client) -> None:
+        raise NotImplementedError
+
+    async def _fail(self, exc: CollegiumError, client: Client) -> None:
+        if not self._started:
+            await self._send(error_reply(exc, self._run.request.request_id), client)
+
+    async def _send(self, reply: Response, client: Client) -> None:
+        self._started = True
+        await client.send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
+        await client.send({"type": "http.response.body", "body": reply.body})
+
+
+class WholeAnswer(Answer):
+    """The answer in one JSON object."""
+
+    async def _give(self, client: Client) -> None:
+        completions = await self._orchestrator.complete(self._run)
+        await self._send(self._render(completions), client)
 
     def _render(self, completions: list[Completion]) -> JSONReply:
         run, request_id = self._run, self._run.request.request_id
         body = {
             "id": request_id,
             "object": self._form.whole,
-            "created": int(time.time()),
+            "created": self._created,
             "model": completions[0].expert_id,
             "choices": [self._form.choice(c) for c in completions],
             "usage": usage_body(run.usage),
@@ -96,13 +122,8 @@ class WholeAnswer(Response):
         return JSONReply(body, headers={"x-collegium-decision": request_id})
 
 
-class AnswerStream(Response):
-    """The answer as server-sent events, one a chunk.
-
-    A failure before the first chunk is an ordinary error reply; after it, an error event and ``[DONE]``.
-    """
-
-    background = None
+class AnswerStream(Answer):
+    """The answer as server-sent events, one a chunk. A failure after the first is an error event and ``[DONE]``."""
 
     def __init__(
         self,
@@ -114,46 +135,28 @@ class AnswerStream(Response):
         explain: bool,
         stall_s: float,
     ) -> None:
-        self._orchestrator = orchestrator
-        self._run = run
-        self._form = form
+        super().__init__(orchestrator, run, form, explain=explain, stall_s=stall_s)
         self._include_usage = include_usage
-        self._explain = explain
-        self._stall_s = stall_s
-        self._created = int(time.time())
         self._expert_id = ""
-        self._started = False
         self._begun: set[int] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = Client(receive, send, stall_s=self._stall_s)
-        try:
-            async with client.attended():
-                await self._answer(scope, receive, client)
-        except ClientGone:
-            return
-
-    async def _answer(self, scope: Scope, receive: Receive, client: Client) -> None:
-        try:
-            with bugs_told():
-                await self._pour(client)
-        except CollegiumError as exc:
-            if not self._started:
-                await error_reply(exc, self._run.request.request_id)(scope, receive, client.send)
-                return
-            await client.send(_more(_data(error_body(exc)) + DONE))
-        await client.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pour(self, client: Client) -> None:
+    async def _give(self, client: Client) -> None:
         async with deadline(self._run.request), aclosing(self._orchestrator.generate(self._run)) as chunks:
             async for chunk in chunks:
                 if not self._started:
-                    self._started = True
-                    self._expert_id = chunk.expert_id
+                    self._started, self._expert_id = True, chunk.expert_id
                     await client.send(self._start())
                 if chunk.usage is None or chunk.text or chunk.tool_calls or chunk.finish_reason:
                     await client.send(_more(self._event(chunk)))
         await client.send(_more(b"".join(self._closing())))
+        await client.send(_END)
+
+    async def _fail(self, exc: CollegiumError, client: Client) -> None:
+        if not self._started:
+            await super()._fail(exc, client)
+            return
+        await client.send(_more(_data(error_body(exc)) + DONE))
+        await client.send(_END)
 
     def _start(self) -> Message:
         headers = [
@@ -185,6 +188,9 @@ class AnswerStream(Response):
             "model": self._expert_id,
             "choices": choices,
         }
+
+
+_END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 def _data(body: Any) -> bytes:

@@ -90,13 +90,14 @@ def serving(
     *,
     config_path: Path | None = None,
     make: Callable[[EngineSpec], Engine] = make_engine,
+    grace_s: int = 2,
 ) -> Iterator[Served]:
     app = create_app(parse_config(config), config_path=config_path, make=make)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     # Small, so that it takes little to fill what lies between the two ends; connections inherit it.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     settings = uvicorn.Config(
-        app, http=Http1, loop="uvloop", ws="none", access_log=False, log_config=None, timeout_graceful_shutdown=2
+        app, http=Http1, loop="uvloop", ws="none", access_log=False, log_config=None, timeout_graceful_shutdown=grace_s
     )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, args=([listener],))
