@@ -44,7 +44,9 @@ def _mistaken(source: str, mistakes: list[str]) -> ConfigError:
 
 def _parse_yaml(raw: bytes, path: Path) -> object:
     try:
-        return _Loader(raw.decode("utf-8-sig")).get_single_data()
+        loader = _Loader(raw.decode("utf-8-sig"))
+        loader.name = path.name  # for the places it names in its errors
+        return loader.get_single_data()
     except RecursionError as exc:
         raise ConfigError(f"{path} is nested too deeply.") from exc
     except (yaml.YAMLError, ValueError) as exc:
