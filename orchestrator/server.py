@@ -21,6 +21,7 @@ from orchestrator.app import create_app
 from orchestrator.commands.screen import waiting
 from orchestrator.config import Config, load_config
 from orchestrator.host import Host
+from orchestrator.http1 import Http1
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +65,7 @@ def run(config: Config, *, config_path: Path | None, listener: socket.socket, gr
         app,
         access_log=False,
         backlog=BACKLOG,
-        http="httptools",
+        http=Http1,
         lifespan="on",
         log_config=None,
         log_level="warning",
