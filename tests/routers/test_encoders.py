@@ -3,10 +3,12 @@ import importlib.util
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from experts import models
 from experts.errors import ConfigError
 from routers import encoders
 from routers.encoders import MiniLM
@@ -165,6 +167,14 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(package, monke
     with pytest.raises(ConfigError, match=r"pip install 'collegium\[cpu\]'") as caught:
         MiniLM()
     assert package.replace("_", "-") in caught.value.message
+
+
+def test_a_prepared_copy_does_without_the_package(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("gt_") else find(name))
+    statuses = [replace(status, prepared=True, path=tmp_path) for status in models.list_models()]
+    monkeypatch.setattr(models, "list_models", lambda: statuses)
+    assert MiniLM()._folder == tmp_path
 
 
 def test_a_model_nobody_knows_is_refused(tmp_path):
