@@ -5,17 +5,26 @@ Options: ``deployment`` and ``app`` name it; ``address`` ("auto") is the cluster
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from experts.errors import BadRequest, CollegiumError, ConfigError, ExpertFailed
+from experts.errors import CollegiumError, ConfigError, ExpertFailed, Unavailable
 from experts.types import ChunkStream, EngineSpec, ExpertSpec, Request
-from experts.wire import read_event, request_body
+from experts.wire import read_error, read_event, request_body
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+
+class ReplicaLost(Unavailable):
+    """A replica went in the middle of a call. No ExpertFailed, which a breaker counts: one dead replica with many calls
+    would have the engine's other replicas left alone too, and Serve replaces it by itself."""
+
+    code, retryable = "replica_lost", True
 
 
 class Call(Protocol):
@@ -104,8 +113,8 @@ def _dial_json(spec: EngineSpec, handle: Any) -> Dial:
 
 def _dial_objects(spec: EngineSpec, handle: Any) -> Dial:
     """For any other LLMServer. Its adapters go by "model:adapter"; Serve prefers replicas that hold them in memory."""
-    from pydantic import ValidationError
-    from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+    with _logging_kept():
+        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
     models: dict[str, Any] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
     stream = handle.options(stream=True)
@@ -118,12 +127,25 @@ def _dial_objects(spec: EngineSpec, handle: Any) -> Dial:
             target = target.options(multiplexed_model_id=model)
         try:
             body = models[method].model_validate(request_body(request, model) | {"request_id": request.request_id})
-        except ValidationError as exc:
-            raise BadRequest(f"Expert '{expert.expert_id}' refused the request: {exc.errors()[0]['msg']}") from exc
+        except Exception as exc:
+            # vLLM's are of several kinds; whatever does not make a request is the caller's.
+            raise read_error(400, str(exc), expert) from exc
         call: Call = target.remote(body)
         return call
 
     return dial
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Ray's LLM package takes the root logger for itself when it is imported."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
 
 
 def _method(request: Request) -> str:
@@ -156,12 +178,19 @@ def _events(item: Any) -> Iterator[Mapping[str, Any]]:
         yield item if isinstance(item, Mapping) else item.model_dump()
 
 
-def _failure(exc: BaseException, who: str) -> ExpertFailed:
+def _failure(exc: BaseException, who: str) -> Unavailable:
     """What went wrong between us and the replica. All but a deployment that cannot start may pass: another call
     reaches another replica, or the one that Serve starts in the dead one's place."""
+    from grpc import StatusCode  # type: ignore[import-untyped]
     from grpc.aio import AioRpcError  # type: ignore[import-untyped]
+    from ray.exceptions import RayActorError, TaskCancelledError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+    if isinstance(exc, RayActorError | TaskCancelledError | asyncio.CancelledError):
+        return ReplicaLost(f"{who}: its replica went in the middle of the call ({type(exc).__name__}).")
+    if isinstance(exc, AioRpcError):
+        lost = exc.code() in (StatusCode.CANCELLED, StatusCode.UNAVAILABLE)
+        return (ReplicaLost if lost else ExpertFailed)(f"{who}: its replica failed: {exc.code()}: {exc.details()}")
     if isinstance(exc, DeploymentUnavailableError):
         return ExpertFailed(f"{who}: {exc.message} 'serve status' says why.", retryable=False)
     if isinstance(exc, BackPressureError):
@@ -171,8 +200,6 @@ def _failure(exc: BaseException, who: str) -> ExpertFailed:
         return ExpertFailed(f"{who}: no replica became ready in time; 'serve status' says why.")
     if isinstance(exc, ConnectionError):
         return ExpertFailed(f"{who}: no Ray cluster to join; start one, or set RAY_ADDRESS. ({exc})")
-    if isinstance(exc, AioRpcError):
-        return ExpertFailed(f"{who}: its replica failed: {exc.code()}: {exc.details()}")
     # Where it is a traceback, the last line says most.
     lines = str(exc).strip().splitlines() or ["no reason given"]
     return ExpertFailed(f"{who}: its replica failed: {type(exc).__name__}: {lines[-1][:300]}")

@@ -15,10 +15,12 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMClientError
 
 from experts.models import MODELS, resolve
 from experts.types import EngineSpec
-from experts.vllm_options import Options, environment, read_options
+from experts.vllm_options import Options, read_options
 
 
 class JsonServer(LLMServer):
@@ -34,30 +36,24 @@ class JsonServer(LLMServer):
         model: Any = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[method]
         try:
             request = model.model_validate(body)
-        except ValidationError as exc:
-            yield {"error": {"message": exc.errors()[0]["msg"], "code": 400}}
+        except (ValidationError, VLLMClientError) as exc:
+            # vLLM's table from exceptions to statuses, which its HTTP server uses too.
+            yield create_error_response(exc).model_dump()
             return
         async for item in await getattr(self, method)(request):
             for event in item if isinstance(item, list) else [item]:
                 yield event if isinstance(event, str) else event.model_dump()
 
 
-def make_deployment(spec: EngineSpec, *, name: str, version: str, drain_s: float) -> Application:
-    """A JsonServer for ``spec``, to be bound into an application. Deployed again under the same ``version``, its
-    replicas stay; a replica that has to go first finishes its requests, for up to ``drain_s``."""
-    app = build_llm_deployment(
+def make_deployment(spec: EngineSpec, *, name: str, drain_s: float) -> Application:
+    """A JsonServer for ``spec``, to be bound into an application. A replica that has to go first finishes its
+    requests, for up to ``drain_s``. Raises ConfigError."""
+    return build_llm_deployment(
         make_llm_config(spec, source=spec.model),
         deployment_cls=JsonServer,
         bind_kwargs={"spec": spec},
         override_serve_options={"name": name, "graceful_shutdown_timeout_s": drain_s},
     )
-    return pin(app, version)
-
-
-def pin(app: Application, version: str) -> Application:
-    """Serve gives every deployment a random version, and with it new replicas, each time it is deployed. It has no
-    public way to say that nothing changed."""
-    return Application(app._bound_deployment.options(version=version, _internal=True))
 
 
 def make_llm_config(spec: EngineSpec, *, source: str) -> LLMConfig:
@@ -82,7 +78,7 @@ def make_llm_config(spec: EngineSpec, *, source: str) -> LLMConfig:
             "ray_actor_options": actor,
             **({"autoscaling_config": dict(scaling)} if scaling else {"num_replicas": 1}),
         },
-        runtime_env={"env_vars": {**environment(source), **offline, **options.cores}},
+        runtime_env={"env_vars": {**options.environment, **offline}},
         # Every token its own event: Ray would gather them for 50 ms, and hold the first one back for as long.
         experimental_configs={"stream_batching_interval_ms": 0},
         log_engine_metrics=not options.arguments["disable_log_stats"],

@@ -8,14 +8,17 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.base import Engine
+from experts.errors import CollegiumError
 from experts.serve_handle import ServeEngine
 from experts.types import EngineSpec
 from orchestrator import log as logs
-from orchestrator.build import make_engine
+from orchestrator.build import build_service, make_engine
 from orchestrator.config import Config, parse_config
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger(__name__)
+
+DRAIN_MARGIN_S = 10
+"""Past the deadline, a request has been answered for sure."""
 
 
 class Gateway:
@@ -52,33 +58,32 @@ class Gateway:
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve's hook: called on every replica when it starts, and when the application is deployed again."""
         changed = parse_config(config)
-        if self._app is not None and changed != self._config:
+        if self._app is None or changed == self._config:
+            return
+        try:
             await self._app.state.host.reload(changed)
-            self._config = changed
-            log.info("config reloaded")
+        except CollegiumError as exc:
+            # Serve would end the replica, and its successors.
+            log.error("config not reloaded, the old one stays: %s", exc.message)
+            return
+        self._config = changed
+        log.info("config reloaded")
 
     def _make(self, spec: EngineSpec) -> Engine:
-        if spec.backend != "vllm":
-            return make_engine(spec)
-        return ServeEngine(spec, self._engines[spec.engine_id], json_bodies=True)
+        return _make(spec, self._engines.get(spec.engine_id))
 
 
 def make_application(config: Config, *, folder: Path, ingress_replicas: int = 1) -> "Application":
     """The gateways and the engines they reach, as one Serve application. Needs Ray to be running.
 
     Run again, it changes what differs: gateways take a new config without a restart, engines whose spec is the same
-    stay as they are. ``folder`` is where the config's relative paths start.
+    stay as they are. ``folder`` is where the config's relative paths start. Raises ConfigError.
     """
     from ray import serve
 
-    from experts.serve_replica import make_deployment, pin
-
-    drain_s = config.limits.deadline_s + 10
+    drain_s = config.limits.deadline_s + DRAIN_MARGIN_S
     specs = {e: c.spec(e) for e, c in config.engines.items() if c.backend == "vllm"}
-    engines = {
-        engine_id: make_deployment(spec, name=f"engine-{engine_id}", version=_version(spec), drain_s=drain_s)
-        for engine_id, spec in specs.items()
-    }
+    engines = {engine_id: _engine(spec, drain_s) for engine_id, spec in specs.items()}
     settings = config.model_dump(mode="json", exclude_unset=True)
     gateway = serve.deployment(
         name="gateway",
@@ -94,17 +99,42 @@ def make_application(config: Config, *, folder: Path, ingress_replicas: int = 1)
         # Each request is in our own log.
         logging_config={"enable_access_log": False},
     )(serve.ingress()(Gateway))
-    return pin(gateway.bind(settings, str(folder), engines), _version(sorted(specs), str(folder)))
+    return _pin(gateway.bind(settings, str(folder), engines), sorted(specs), str(folder))
+
+
+def check(config: Config, *, folder: Path) -> None:
+    """Raises ConfigError for what no gateway could run on, before any has to try. Loads nothing."""
+    with chdir(folder):
+        build_service(config, make=_make)
 
 
 def deploy_application(config: Config, *, name: str, folder: Path, ingress_replicas: int) -> None:
-    """Blocks until every replica runs."""
+    """Blocks until every replica runs. Raises ConfigError, and then nothing was changed."""
     from ray import serve
 
+    check(config, folder=folder)
     serve.run(make_application(config, folder=folder, ingress_replicas=ingress_replicas), name=name, route_prefix="/")
 
 
-def _version(*parts: object) -> str:
+def _make(spec: EngineSpec, handle: "DeploymentHandle[Any] | None" = None) -> Engine:
+    return ServeEngine(spec, handle, json_bodies=True) if spec.backend == "vllm" else make_engine(spec)
+
+
+def _engine(spec: EngineSpec, drain_s: float) -> "Application":
+    # Only where there is one: this imports vLLM.
+    from experts.serve_replica import make_deployment
+
+    # How many replicas there are is no property of a replica.
+    same = replace(spec, options={name: value for name, value in spec.options.items() if name != "autoscaling"})
+    return _pin(make_deployment(spec, name=f"engine-{spec.engine_id}", drain_s=drain_s), same)
+
+
+def _pin(app: "Application", *identity: object) -> "Application":
+    """The deployment, with a version that says what its replicas are made of. Serve's own is random, which replaces
+    them all each time; it has no public way to say that nothing changed."""
     from importlib.metadata import version
 
-    return hashlib.sha256(repr((version("collegium"), parts)).encode()).hexdigest()[:16]
+    from ray.serve import Application
+
+    digest = hashlib.sha256(repr((version("collegium"), identity)).encode()).hexdigest()
+    return Application(app._bound_deployment.options(version=digest[:16], _internal=True))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from experts.errors import CollegiumError, ConfigError, ExpertFailed
 from orchestrator import log as logs
 from orchestrator.config import Config, VllmConfig, load_config, nearest
-from orchestrator.ray_gateway import deploy_application, make_application
+from orchestrator.ray_gateway import check, deploy_application, make_application
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -48,8 +48,9 @@ def build_application(args: Mapping[str, Any]) -> "Application":
     if "config" not in args:
         raise ConfigError("args: 'config' is missing, the path of a collegium.yaml.")
     path = Path(args["config"]).absolute()
-    replicas = int(args.get("ingress_replicas", 1))
-    return make_application(load_config(path), folder=path.parent, ingress_replicas=replicas)
+    config = load_config(path)
+    check(config, folder=path.parent)
+    return make_application(config, folder=path.parent, ingress_replicas=int(args.get("ingress_replicas", 1)))
 
 
 def run(
@@ -69,6 +70,7 @@ def run(
     from orchestrator.server import listen
 
     logs.configure(config.telemetry.log_level)
+    check(config, folder=Path.cwd())
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with listen(host, port) as listener:
@@ -195,6 +197,6 @@ def _redeploy(config_path: Path | None, ingress_replicas: int) -> None:
     try:
         _deploy(load_config(config_path), ingress_replicas)
     except CollegiumError as exc:
-        log.error("config not reloaded, the old one stays: %s", exc.message)
+        log.error("config not deployed: %s", exc.message)
     else:
-        log.info("config reloaded from %s", config_path)
+        log.info("config deployed from %s", config_path)

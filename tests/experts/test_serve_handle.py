@@ -14,10 +14,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Using extra keyword arguments on `Field`")
     pytest.importorskip("ray.serve")
 
-from experts.base import collect
+from experts.base import EngineExpert, collect
 from experts.errors import BadRequest, ContextLengthExceeded, ExpertFailed
-from experts.serve_handle import ServeEngine
+from experts.serve_handle import ReplicaLost, ServeEngine
 from experts.types import Chunk, EngineSpec, ExpertSpec, Message, Request, SamplingParams, Usage
+from orchestrator.resilience import Breaker, BreakerState
 
 SPEC = EngineSpec(engine_id="e", backend="vllm", model="some-model")
 EXPERT = ExpertSpec(expert_id="x", engine_id="e")
@@ -137,18 +138,14 @@ async def test_a_prompt_too_long_is_the_callers() -> None:
 def failures() -> dict[str, tuple[Exception, bool, str]]:
     from grpc import StatusCode
     from grpc.aio import AioRpcError, Metadata
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+    from ray.exceptions import RayTaskError
     from ray.serve._private.common import DeploymentID
-    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
     task = RayTaskError("chat", "Traceback ...\nValueError: no", ValueError("no")).as_instanceof_cause()
     return {
-        "died": (ActorDiedError(), True, "ActorDiedError"),
-        "unreachable": (ActorUnavailableError("gone", b"\0" * 16), True, "ActorUnavailableError"),
         "bug": (task, True, "ValueError: no"),
         "grpc": (AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()), True, "INTERNAL"),
-        "ended there": (RequestCancelledError("r"), True, "cancelled"),
-        "not ours": (asyncio.CancelledError(), True, "CancelledError"),  # type: ignore[dict-item]
         "garbage": (ValueError("not json"), True, "not json"),
         "full": (BackPressureError(num_queued_requests=9, max_queued_requests=9, retry_after_s=4.0), True, "full"),
         "broken": (DeploymentUnavailableError(DeploymentID(name="d", app_name="a")), False, "failed to deploy"),
@@ -169,6 +166,35 @@ async def test_whatever_happens_to_a_replica_is_a_failure_that_says_whether_to_a
     assert "'x'" in caught.value.message
     if what == "full":
         assert (caught.value.retry_after_s, caught.value.upstream_status) == (4.0, 503)
+
+
+def losses() -> dict[str, BaseException]:
+    from grpc import StatusCode
+    from grpc.aio import AioRpcError, Metadata
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
+    from ray.serve.exceptions import RequestCancelledError
+
+    return {
+        "died": ActorDiedError(),
+        "unreachable": ActorUnavailableError("gone", b"\0" * 16),
+        "hung up": AioRpcError(StatusCode.UNAVAILABLE, Metadata(), Metadata()),
+        "ended the call": RequestCancelledError("r"),
+        "ended the call, as asyncio says it": asyncio.CancelledError(),
+    }
+
+
+@pytest.mark.parametrize("what", losses())
+async def test_a_lost_replica_is_no_verdict_on_the_engine(what: str) -> None:
+    """Fifty calls on a replica that dies must not open the breaker: the engine's other replicas are well."""
+    call = Call([token("a"), losses()[what]])
+    engine, _ = await loaded(call)
+    state = BreakerState(failures=1, open_s=60)
+
+    with pytest.raises(ReplicaLost) as caught:
+        await collect(Breaker(EngineExpert(EXPERT, engine), state).generate(CHAT), CHAT)
+
+    assert (caught.value.retryable, caught.value.fallback, caught.value.status) == (True, True, 503)
+    assert state.state == "closed"
 
 
 async def test_closing_the_stream_ends_the_call() -> None:
