@@ -120,6 +120,7 @@ class Endpoints:
     async def _answer(self, http: HttpRequest, kind: type[ChatBody] | type[CompletionBody], form: Format) -> Response:
         service, tenant = self._enter(http)
         body = await _read(http, kind, service)
+        service = self._host.service  # a reload may have come while the body did
         limits, explain = service.config.limits, body.collegium is not None and body.collegium.explain
         policy = _policy(body.model, body.collegium, service, tenant)
         request = body.request(limits, tenant.name)
@@ -139,7 +140,8 @@ class Endpoints:
         )
 
     def _enter(self, http: HttpRequest, *, ready: bool = True) -> tuple[Service, Tenant]:
-        """The Service for the whole of this exchange, whatever is reloaded meanwhile, and who asks.
+        """The Service of the moment, and who asks. Whatever is awaited before a run begins, take the Service anew: a
+        reload retires the old one once its runs have ended.
 
         Raises Unauthorized, RateLimited, or Unavailable while the engines load.
         """

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -9,6 +10,7 @@ from experts.base import Engine
 from experts.errors import ConfigError, ExpertFailed, Unavailable
 from experts.fake import FakeEngine
 from experts.types import EngineSpec, Request
+from orchestrator.app import create_app
 from orchestrator.build import Service, build_service
 from orchestrator.config import Config, parse_config
 from orchestrator.host import Host
@@ -384,3 +386,32 @@ async def test_a_retired_services_experts_are_closed() -> None:
     await host.reload(config(a={}, b={}))
     await settle()
     assert closed == ["A"]
+
+
+async def test_a_request_whose_body_came_across_a_reload_is_answered_by_the_new_service() -> None:
+    street = Street()
+    app = create_app(config(a={"text": "old"}), make=street.make)
+    host: Host = app.state.host
+    await host.start()
+    body = json.dumps({"model": "collegium", "messages": [{"role": "user", "content": "?"}]}).encode()
+    reloaded, sent = asyncio.Event(), []
+
+    async def receive() -> dict[str, Any]:
+        if not reloaded.is_set():
+            await host.reload(config(a={"text": "new"}))
+            await settle()
+            assert [e.loaded for e in street.made] == [False, True]
+            reloaded.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200, sent
+    assert json.loads(sent[1]["body"])["choices"][0]["message"]["content"] == "new"
+    await host.close()
