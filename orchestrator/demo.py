@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experts.errors import CollegiumError, ExpertFailed
-from experts.models import prepare
+from experts.models import cache_dir, prepare
 from orchestrator.commands.screen import bars, show_decision, waiting
 
 if TYPE_CHECKING:
@@ -106,10 +106,17 @@ def _service(console: Console) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="collegium-demo-") as folder:
         port, log = _free_port(), Path(folder) / "serve.log"
         command = [sys.executable, "-m", "orchestrator.cli", "serve", "--port", str(port)]
+        environment = {**os.environ, "COLLEGIUM_CACHE": str(cache_dir())}
         with log.open("wb") as output:
             # In the empty folder, so that the embedded default counts and no collegium.yaml of the user's.
             process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         try:
             with waiting(console, f"Starting the service on port {port}"):
@@ -153,7 +160,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        _wait_until_gone(process)
+
+
+def _wait_until_gone(process: subprocess.Popen[bytes]) -> None:
+    """Returns when no process of the group is left, or after a while: where nobody reaps orphans their names stay.
+
+    Raises ProcessLookupError when there is none.
+    """
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        process.poll()
+        os.killpg(process.pid, 0)
+        time.sleep(0.02)
 
 
 def _free_port() -> int:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experts.models import cache_dir
+from experts.models import MODELS, cache_dir
 from experts.types import EngineSpec
 from orchestrator.doctor.case import Case, Finding
 
@@ -132,8 +132,15 @@ def _need_gib(spec: EngineSpec) -> float:
         return spec.memory_gib
     if spec.backend != "vllm" or _has_gpu():
         return 0.0
-    weights = sum(f.stat().st_size for f in Path(spec.model).glob("*.safetensors")) / 2**30
-    return weights + float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) + VLLM_GIB
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    kv_cache = float(space) if space else spec.options.get("kv_cache_memory_bytes", 2**30) / 2**30
+    return _weights_gib(spec.model) + kv_cache + VLLM_GIB
+
+
+def _weights_gib(model: str) -> float:
+    if model in MODELS:
+        return MODELS[model].size_bytes / 2**30
+    return sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) / 2**30
 
 
 def _has_gpu() -> bool:

@@ -202,6 +202,10 @@ def test_a_vllm_engine_is_estimated_from_its_weights(tmp_path: Path, monkeypatch
         file.truncate(2 * 2**30)
     finding = only(installation.memory(case_of_engine(backend="vllm", model=str(tmp_path))))
     assert f"need {2 + 4 + installation.VLLM_GIB:.1f} GiB" in finding.message
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    options = {"kv_cache_memory_bytes": 3 * 2**30}
+    bundled = case_of_engine(backend="vllm", model="smollm2-135m-instruct", options=options)
+    assert f"need {0.25 + 3 + installation.VLLM_GIB:.1f} GiB" in only(installation.memory(bundled)).message
 
 
 def test_memory_that_is_not_known_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
