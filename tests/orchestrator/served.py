@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import uvicorn
 from fastapi import FastAPI
@@ -35,12 +36,13 @@ def fake_config(sections: Mapping[str, Any] | None = None, **options: Any) -> di
 
 
 class Served:
-    """A service that runs. ``service`` and ``engine`` may be looked at from the test's thread."""
+    """A service that runs, and a client of it. ``service`` and ``engine`` may be looked at from the test's thread."""
 
-    def __init__(self, app: FastAPI, server: uvicorn.Server, port: int) -> None:
+    def __init__(self, app: FastAPI, server: uvicorn.Server, port: int, http: httpx.Client) -> None:
         self.app = app
         self.server = server
         self.port = port
+        self.http = http
         self.url = f"http://127.0.0.1:{port}"
 
     @property
@@ -104,7 +106,9 @@ def serving(
     thread.start()
     try:
         wait_for(lambda: app.state.host.ready)
-        yield Served(app, server, listener.getsockname()[1])
+        port = listener.getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as http:
+            yield Served(app, server, port, http)
     finally:
         server.should_exit = True
         thread.join()

@@ -20,7 +20,7 @@ ASK: list[Any] = [{"role": "user", "content": "Ann"}]
 
 def post(served: Served, **keys: Any) -> httpx.Response:
     body = {"model": "collegium", "messages": ASK, **keys}
-    return httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=10)
+    return served.http.post("/v1/chat/completions", json=body)
 
 
 def stream(served: Served, **keys: Any) -> httpx.Response:
@@ -142,7 +142,7 @@ def test_no_place_left() -> None:
     with serving(fake_config({"limits": limits}, fail=["hang"])) as served:
         raw = served.connect(served.post(json.dumps({"model": "one", "messages": ASK}).encode()))
         wait_for(lambda: served.engine.running == 1)
-        for reply in (post(served), stream(served), httpx.post(f"{served.url}/v1/route", json={"messages": ASK})):
+        for reply in (post(served), stream(served), served.http.post("/v1/route", json={"messages": ASK})):
             assert reply.status_code == 503
             assert reply.json()["error"]["code"] == "queue_full"
             assert reply.headers["retry-after"] == "1"
@@ -229,7 +229,8 @@ def test_the_end_of_the_service_is_told() -> None:
     replies: dict[str, httpx.Response] = {}
 
     def ask(how: str, **keys: Any) -> None:
-        replies[how] = post(served, **keys)
+        body = {"model": "one", "messages": ASK, **keys}
+        replies[how] = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=10)
 
     with serving(fake_config({"experts": {"one": {"engine": "a"}}}, chunk_s=30), grace_s=0) as served:
         asks = [
