@@ -38,19 +38,16 @@ _SMALL_CORES = 4
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM makes room for."""
 
-_DEFAULTS: Mapping[str, Any] = {
-    "disable_log_stats": True,
-    "use_tqdm_on_load": False,
-    "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-}
-"""Small models fill a JSON answer with blanks until max_tokens when they may; guidance knows most of JSON Schema."""
+_DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
 _CPU_DEFAULTS: Mapping[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": _GIB,
     "max_model_len": -1,
     "max_num_seqs": 32,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
-"""-1 is the longest context that the KV cache can hold. Compiling the model would add a minute to the start."""
+"""-1 is the longest context that the KV cache can hold. Compiling the model would add a minute to the start. The small
+models that run on CPUs fill a JSON answer with blanks up to max_tokens where they may."""
 
 _EVERYWHERE: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -85,7 +82,7 @@ def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, c
             hint = f"did you mean '{close[0]}'?" if close else "see vLLM's engine arguments."
             raise ConfigError(f"Engine '{spec.engine_id}': unknown option '{name}'; {hint}")
     adapters = {name: str(Path(folder).expanduser()) for name, folder in (spec.options.get("adapters") or {}).items()}
-    defaults = {"model": model, **_DEFAULTS, **_lora(spec.engine_id, adapters)}
+    defaults = {"model": model, **_DEFAULTS, **_lora(spec.engine_id, adapters, cpu=cpu)}
     defaults |= {**(_CPU_DEFAULTS if cpu else {}), **_executor(spec, cpu=cpu, cores=cores)}
     arguments = {**defaults, **{k: v for k, v in spec.options.items() if k not in _OURS}}
     return Options(
@@ -127,15 +124,15 @@ def _cpu_environment(spec: EngineSpec, cores: int, *, eager: bool) -> dict[str, 
     return found
 
 
-def _lora(engine_id: str, adapters: Mapping[str, str]) -> dict[str, Any]:
+def _lora(engine_id: str, adapters: Mapping[str, str], *, cpu: bool) -> dict[str, Any]:
     if not adapters:
         return {}
     rank = max(_rank(engine_id, name, Path(folder)) for name, folder in adapters.items())
-    return {
-        "enable_lora": True,
-        "max_loras": len(adapters),
-        "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
-    }
+    # On CPUs vLLM gives a request without adapter, in a batch with others, the adapter in the last place
+    # (github.com/vllm-project/vllm/pull/48421). One place more stays empty, and an empty one changes nothing.
+    places = len(adapters) + 1 if cpu else len(adapters)
+    room = next((r for r in _RANKS if r >= rank), rank)
+    return {"enable_lora": True, "max_loras": places, "max_lora_rank": room}
 
 
 def _rank(engine_id: str, name: str, folder: Path) -> int:

@@ -45,14 +45,14 @@ class Server:
         self._completion: OpenAIServingCompletion
 
     async def open(self, options: Options) -> None:
-        """Load the adapters, read the chat template. Raises ConfigError for an adapter or a template that is none."""
+        """Load the adapters and warm up the chat template. Raises ConfigError for an adapter that does not fit."""
         paths = [LoRAModulePath(name, folder) for name, folder in self._adapters.items()]
         models = OpenAIServingModels(self.llm, [BaseModelPath(_BASE, self.llm.model_config.model)], lora_modules=paths)
         try:
             await models.init_static_loras()  # type: ignore[no-untyped-call]
-            templating = _templating(self.llm, options.serving)
         except ValueError as exc:
-            raise ConfigError(f"Engine '{self._engine_id}': cannot use an adapter or the chat template: {exc}") from exc
+            raise ConfigError(f"Engine '{self._engine_id}': cannot use an adapter: {exc}") from exc
+        templating = _templating(self.llm, options.serving)
         renderer = OnlineRenderer(self.llm.model_config, self.llm.renderer, **templating)
         await asyncio.to_thread(renderer.warmup)
         self._chat = OpenAIServingChat(self.llm, models, "assistant", online_renderer=renderer, **templating)
@@ -65,6 +65,9 @@ class Server:
     async def aclose(self) -> None:
         """End vLLM's processes. What is being generated fails."""
         await asyncio.to_thread(self._end)
+        # vLLM closes its sockets in this loop, and leaves their context with three threads behind.
+        await asyncio.sleep(0)
+        self.llm.engine_core.resources.ctx.destroy(linger=0)
 
     def _end(self) -> None:
         processes = getattr(self.llm.engine_core.resources.engine_manager, "processes", ())

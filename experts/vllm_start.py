@@ -85,9 +85,11 @@ def _options(spec: EngineSpec, model: str) -> Options:
 
 def _configure(spec: EngineSpec, options: Options) -> "VllmConfig":
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.chat_utils import load_chat_template
     from vllm.usage.usage_lib import UsageContext
 
     try:
+        load_chat_template(options.serving["chat_template"])
         return AsyncEngineArgs(**options.arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as exc:
         raise ConfigError(f"Engine '{spec.engine_id}': vLLM refuses its model or its options: {exc}") from exc
