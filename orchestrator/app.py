@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from experts.base import Engine
-from experts.errors import BadRequest, CollegiumError
+from experts.errors import BadRequest, CollegiumError, Unavailable
 from experts.types import EngineSpec
 from orchestrator.build import Service, build_service, make_engine
 from orchestrator.config import Config, load_config
@@ -78,7 +78,7 @@ def build_serve_app(args: Mapping[str, Any]) -> "Application":
 
 @asynccontextmanager
 async def _lifespan(host: Host, decisions: DecisionLog, tracing: Tracing | None) -> AsyncIterator[None]:
-    start = asyncio.create_task(host.start())
+    start = asyncio.create_task(_start(host))
     try:
         yield
     finally:
@@ -90,11 +90,26 @@ async def _lifespan(host: Host, decisions: DecisionLog, tracing: Tracing | None)
             await asyncio.to_thread(tracing.close)
 
 
+async def _start(host: Host) -> None:
+    try:
+        await host.start()
+    except Unavailable:
+        raise  # the service ended first
+    except Exception:
+        # Nobody waits for this task: unsaid, the service would just never be ready.
+        log.exception("the engines could not be started")
+        raise
+
+
 async def _reload(host: Host, config_path: Path | None) -> None:
     if config_path is None:
         raise BadRequest("The service runs on its built-in config; there is no file to read again.")
-    await host.reload(load_config(config_path))
+    old, new = host.service.config, load_config(config_path)
+    await host.reload(new)
     log.info("config reloaded from %s", config_path)
+    for section in ("decisions", "telemetry"):
+        if getattr(old, section) != getattr(new, section):
+            log.warning("'%s' changed in the config; that takes a restart", section)
 
 
 def _shelf(config: Config) -> MemoryShelf | SqliteShelf:

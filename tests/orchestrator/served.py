@@ -93,8 +93,12 @@ def serving(
     config_path: Path | None = None,
     make: Callable[[EngineSpec], Engine] = make_engine,
     grace_s: int = 2,
+    ready: bool = True,
+    prepare: Callable[[FastAPI], None] = lambda _: None,
 ) -> Iterator[Served]:
+    """Serves until the block ends. ``ready`` waits for the engines; ``prepare`` may change the app before it starts."""
     app = create_app(parse_config(config), config_path=config_path, make=make)
+    prepare(app)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     # Small, so that it takes little to fill what lies between the two ends; connections inherit it.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
@@ -105,7 +109,7 @@ def serving(
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        wait_for(lambda: app.state.host.ready)
+        wait_for(lambda: app.state.host.ready if ready else server.started)
         port = listener.getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as http:
             yield Served(app, server, port, http)
