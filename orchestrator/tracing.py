@@ -39,8 +39,7 @@ class Tracing:
 
     def ended(self, run: Run) -> None:
         clock = Clock()
-        end = time.monotonic()
-        start = end - run.latency_s
+        start, end = run.request.arrival_s, time.monotonic()
         root = self._span(
             "request",
             _parent(run),
