@@ -633,8 +633,13 @@ def test_the_first_failure_is_raised_when_both_fail(
 @pytest.mark.parametrize("after_s", [0.5, 4.0])
 def test_a_request_that_the_first_finds_bad_is_bad_at_once(virtual: Virtual, after_s: float) -> None:
     second = Scripted([HANG], expert_id="b")
-    with pytest.raises(BadRequest):
-        virtual(lambda: answer(hedged(Scripted([after_s, BadRequest("no")]), second)))
+
+    async def read() -> float:
+        with pytest.raises(BadRequest):
+            await answer(hedged(Scripted([after_s, BadRequest("no")]), second))
+        return time.monotonic()
+
+    assert virtual(read) == 1000.0 + after_s
     assert second.running == 0
 
 
