@@ -1,169 +1,20 @@
-"""What /docs and /openapi.json say: each path with its body, replies and examples.
-
-The reply models exist for this page only; what is sent is made in replies.py, and a test holds the two together.
-"""
+"""What /docs and /openapi.json say: each path with its body, replies and examples."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from orchestrator import reply_models as replies
 from orchestrator.endpoints import Endpoints
 from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, RouteBody
 
 Handler = Callable[..., Awaitable[Any]]
+Responses = dict[int | str, dict[str, Any]]
 REF = "#/components/schemas/{model}"
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class Error(BaseModel):
-    error: ErrorDetail
-
-
-class Usage(BaseModel):
-    """All expert calls of the request together."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Decision(BaseModel):
-    """Who was asked. ``scores`` holds every candidate; ``weights`` sum to 1."""
-
-    expert_ids: list[str]
-    weights: list[float]
-    scores: dict[str, float]
-    reason: str
-    router: str
-    route_ms: float
-
-
-class Call(BaseModel):
-    """One call of one expert; a retry is a call of its own."""
-
-    expert_id: str
-    usage: Usage
-    usd: float
-    ttft_ms: float | None
-    latency_ms: float
-    error: str | None
-
-
-class Explanation(BaseModel):
-    request_id: str
-    policy: str
-    aggregator: str
-    decision: Decision | None
-    calls: list[Call]
-    usage: Usage
-    answer_usage: Usage
-    usd: float
-    trace: Any
-    error: str | None
-    latency_ms: float
-
-
-class Routed(BaseModel):
-    request_id: str
-    policy: str
-    aggregator: str
-    decision: Decision
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AnswerMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    collegium: Explanation | None = None
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
-
-
-class TextCompletion(BaseModel):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-    collegium: Explanation | None = None
-
-
-class EmbeddingUsage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embedding(BaseModel):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class Embeddings(BaseModel):
-    object: Literal["list"]
-    model: str
-    data: list[Embedding]
-    usage: EmbeddingUsage
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class Models(BaseModel):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Health(BaseModel):
-    status: Literal["ok"]
-
-
-class Readiness(BaseModel):
-    ready: bool
-    engines: dict[str, str]
-
-
-class Reloaded(BaseModel):
-    status: Literal["reloaded"]
-    models: list[str]
-
 
 BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, RouteBody, EmbeddingBody)
 ERRORS = {
@@ -173,6 +24,7 @@ ERRORS = {
     404: "No such model, policy or decision.",
     413: "The body is larger than limits.max_body_bytes.",
     429: "Too many requests of this key; see Retry-After.",
+    500: "A bug or a mistake in the config; the message or the log says more.",
     503: "No capacity, or no expert could answer; see Retry-After.",
     504: "The deadline passed.",
 }
@@ -180,24 +32,37 @@ ERRORS = {
 
 def mount(app: FastAPI, endpoints: Endpoints) -> None:
     """Every path of ``endpoints``, described."""
-    _asks(app, "/v1/chat/completions", endpoints.chat, ChatBody, ChatCompletion, "Answer a conversation", stream=True)
-    _asks(app, "/v1/completions", endpoints.completions, CompletionBody, TextCompletion, "Continue a text", stream=True)
-    _asks(app, "/v1/route", endpoints.route, RouteBody, Routed, "Decide who would answer; nobody is asked")
-    _asks(app, "/v1/embeddings", endpoints.embeddings, EmbeddingBody, Embeddings, "Embed texts by the routers' encoder")
-    _tells(app, "/v1/models", endpoints.models, Models, "The service, its policies and its experts", (401, 429))
-    _tells(app, "/v1/models/{model:path}", endpoints.model, Model, "One model", (401, 403, 404, 429))
+    say = replies
+    about = "Answer a conversation"
+    _asks(app, "/v1/chat/completions", endpoints.chat, ChatBody, say.ChatCompletion, about, say.ChatCompletionChunk)
+    about = "Continue a text"
+    _asks(
+        app,
+        "/v1/completions",
+        endpoints.completions,
+        CompletionBody,
+        say.TextCompletion,
+        about,
+        say.TextCompletionChunk,
+    )
+    _asks(app, "/v1/route", endpoints.route, RouteBody, say.Routed, "Decide who would answer; nobody is asked")
+    about = "Embed texts by the routers' encoder"
+    _asks(app, "/v1/embeddings", endpoints.embeddings, EmbeddingBody, say.Embeddings, about)
+    _tells(app, "/v1/models", endpoints.models, say.Models, "The service, its policies and its experts", (401, 429))
+    _tells(app, "/v1/models/{model:path}", endpoints.model, say.Model, "One model", (401, 403, 404, 429))
     about = "Who answered a request, and at what cost"
-    _tells(app, "/v1/decisions/{request_id}", endpoints.decision, Explanation, about, (401, 404, 429))
-    _tells(app, "/healthz", endpoints.healthz, Health, "The process lives", (), tag="operation")
-    _tells(app, "/readyz", endpoints.readyz, Readiness, "The engines have loaded", (), tag="operation")
-    _describe_metrics(app, endpoints)
+    _tells(app, "/v1/decisions/{request_id}", endpoints.decision, say.Explanation, about, (401, 404, 429, 503))
+    _tells(app, "/healthz", endpoints.healthz, say.Health, "The process lives", (), tag="operation")
+    _tells(app, "/readyz", endpoints.readyz, say.Readiness, "The engines have loaded", (), tag="operation")
+    _tell_metrics(app, endpoints)
     app.add_api_route(
         "/admin/reload",
         endpoints.reload,
         methods=["POST"],
         tags=["operation"],
         summary="Read the config file again; requests under way end on the old one",
-        responses={200: _reply(Reloaded), **_errors((400, 401, 403, 500))},
+        responses={200: _reply(replies.Reloaded), **_errors((400, 401, 403, 500))},
+        openapi_extra={"security": [{"bearer": []}]},
     )
     patch_fastapi(app)  # Swagger UI from the package, not from a CDN: /docs works offline
     document = _document(app)
@@ -211,12 +76,14 @@ def _asks(
     body: type[BaseModel],
     reply: type[BaseModel],
     summary: str,
-    *,
-    stream: bool = False,
+    event: type[BaseModel] | None = None,
 ) -> None:
     ok = _reply(reply)
-    if stream:
-        ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    if event is not None:
+        ok["content"]["text/event-stream"] = {"schema": _events(event)}
+        ok["headers"] = {
+            "x-collegium-decision": {"description": "For GET /v1/decisions.", "schema": {"type": "string"}}
+        }
     app.add_api_route(
         path,
         handler,
@@ -224,7 +91,7 @@ def _asks(
         tags=["OpenAI" if "route" not in path else "collegium"],
         summary=summary,
         responses={200: ok, **_errors(tuple(ERRORS))},
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}}},
+        openapi_extra={"requestBody": {"required": True, "content": _json(body)}, **_PERHAPS_A_KEY},
     )
 
 
@@ -241,11 +108,18 @@ def _tells(
     responses = {200: _reply(reply), **_errors(errors)}
     if path == "/readyz":
         responses[503] = {**_reply(reply), "description": "Not yet, or no engine could be loaded."}
-    app.add_api_route(path, handler, methods=["GET"], tags=[tag], summary=summary, responses=responses)
+    extra = _PERHAPS_A_KEY if 401 in errors else {}
+    app.add_api_route(
+        path, handler, methods=["GET"], tags=[tag], summary=summary, responses=responses, openapi_extra=extra
+    )
 
 
-def _describe_metrics(app: FastAPI, endpoints: Endpoints) -> None:
-    text: dict[int | str, dict[str, Any]] = {
+_PERHAPS_A_KEY: dict[str, Any] = {"security": [{"bearer": []}, {}]}
+"""A key is asked for where the config has some."""
+
+
+def _tell_metrics(app: FastAPI, endpoints: Endpoints) -> None:
+    text: Responses = {
         200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     }
     about = "Prometheus metrics"
@@ -256,8 +130,24 @@ def _reply(model: type[BaseModel]) -> dict[str, Any]:
     return {"description": (model.__doc__ or model.__name__).strip(), "content": _json(model)}
 
 
-def _errors(statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
-    return {s: {"description": ERRORS.get(s, "See the message."), "content": _json(Error)} for s in statuses}
+def _events(event: type[BaseModel]) -> dict[str, Any]:
+    said = {"oneOf": [_ref(event), _ref(replies.Error)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": said}
+    about = "A chunk as JSON, or an error after the first chunk; the last is [DONE]."
+    any_of = [{**data, "title": "JSON"}, {"const": "[DONE]"}]
+    return {"type": "object", "properties": {"data": {"anyOf": any_of, "description": about}}, "required": ["data"]}
+
+
+def _errors(statuses: tuple[int, ...]) -> Responses:
+    wait = {"retry-after": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+    return {
+        status: {
+            "description": ERRORS.get(status, "See the message."),
+            "content": _json(replies.Error),
+            **({"headers": wait} if status in (429, 503) else {}),
+        }
+        for status in statuses
+    }
 
 
 def _json(model: type[BaseModel]) -> dict[str, Any]:
@@ -269,17 +159,23 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, plus the schemas that the paths refer to, less FastAPI's own 422."""
+    """FastAPI's document, plus the schemas that the paths refer to, less FastAPI's own 422, which is a 400 here."""
     document = app.openapi()
-    replies = (Error, Explanation, Routed, ChatCompletion, TextCompletion, Embeddings, Models, Model)
-    models = [*BODIES, *replies, Health, Readiness, Reloaded]
-    schemas: dict[str, Any] = {}
-    for mode, group in (("validation", BODIES), ("serialization", models[len(BODIES) :])):
-        _, definitions = models_json_schema([(m, mode) for m in group], ref_template=REF)  # type: ignore[misc]
-        schemas |= definitions["$defs"]
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(_schemas())
+    components.setdefault("securitySchemes", {})["bearer"] = {"type": "http", "scheme": "bearer"}
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-    document["components"].setdefault("securitySchemes", {})["bearer"] = {"type": "http", "scheme": "bearer"}
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
     return document
+
+
+def _schemas() -> dict[str, Any]:
+    said = [
+        m for m in vars(replies).values() if isinstance(m, type) and issubclass(m, BaseModel) and m is not BaseModel
+    ]
+    pairs = [(model, "validation") for model in BODIES] + [(model, "serialization") for model in said]
+    _, definitions = models_json_schema(pairs, ref_template=REF)  # type: ignore[arg-type]
+    return dict(definitions["$defs"])

@@ -1,0 +1,199 @@
+"""What replies look like, for /docs only: what is sent is made in replies.py, and a test holds the two together."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """All expert calls of the request together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Decision(BaseModel):
+    """Who was asked. ``scores`` holds every candidate; ``weights`` sum to 1."""
+
+    expert_ids: list[str]
+    weights: list[float]
+    scores: dict[str, float]
+    reason: str
+    router: str
+    route_ms: float
+
+
+class Call(BaseModel):
+    """One call of one expert; a retry is a call of its own."""
+
+    expert_id: str
+    usage: Usage
+    usd: float
+    ttft_ms: float | None
+    latency_ms: float
+    error: str | None
+
+
+class Explanation(BaseModel):
+    request_id: str
+    policy: str
+    aggregator: str
+    decision: Decision | None
+    calls: list[Call]
+    usage: Usage
+    answer_usage: Usage
+    usd: float
+    trace: Any
+    error: str | None
+    latency_ms: float
+
+
+class Routed(BaseModel):
+    request_id: str
+    policy: str
+    aggregator: str
+    decision: Decision
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    collegium: Explanation | None = None
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: dict[str, Any] | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """The data of one event. ``usage`` (with stream_options.include_usage) and ``collegium`` (with collegium.explain)
+    come last, in events of their own without choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    collegium: Explanation | None = None
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: FinishReason
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    collegium: Explanation | None = None
+
+
+class TextChunkChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletionChunk(BaseModel):
+    """The data of one event; see ChatCompletionChunk."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+    collegium: Explanation | None = None
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    ready: bool
+    engines: dict[str, str]
+
+
+class Reloaded(BaseModel):
+    status: Literal["reloaded"]
+    models: list[str]
