@@ -22,6 +22,8 @@ import pytest
 import yaml
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
+from orchestrator.ray_runtime import ENVIRONMENT
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START_S, STOP_S = 240, 90
@@ -43,6 +45,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
+GATEWAY_ALONE: dict[str, Any] = {
+    "engines": {"near": {"backend": "fake"}},
+    "experts": {"neighbour": {"engine": "near"}},
+    "policies": {"default": {"router": "always"}},
+}
+
+
 class Machine:
     """A folder for one Ray, and the environment that keeps it apart from any other on this machine."""
 
@@ -57,7 +66,7 @@ class Machine:
             "PYTHONPATH": str(Path(__file__).parent),
             "RAYLLM_VLLM_ENGINE_CLS": "scripted_llm.ScriptedEngine",
             "RAY_TMPDIR": str(self.folder),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **ENVIRONMENT,
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports[0],
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": ports[1],
             "RAY_SERVE_HAPROXY_METRICS_PORT": ports[2],
@@ -70,10 +79,11 @@ class Machine:
         }
         self.config = self.folder / "collegium.yaml"
         self.log = self.folder / "log"
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["nice", "-n", "10", sys.executable, *command],
                 cwd=self.folder,
                 env=self.environment,
@@ -81,6 +91,8 @@ class Machine:
                 stderr=log,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def write(self, config: dict[str, Any]) -> None:
         self.config.write_text(yaml.safe_dump(config))
@@ -98,6 +110,8 @@ class Machine:
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -117,13 +131,7 @@ class Service:
 
     def get(self, path: str) -> int:
         assert self.process.poll() is None, self._explain()
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=5) as reply:
-                return int(reply.status)
-        except urllib.error.HTTPError as exc:
-            return exc.code
-        except OSError:
-            return 0
+        return get(self.url + path)
 
     def stop(self) -> int:
         self.process.terminate()
@@ -131,6 +139,22 @@ class Service:
 
     def _explain(self) -> str:
         return self.machine.log.read_text(errors="replace")[-6000:]
+
+
+class Cluster:
+    """A Ray of somebody else's."""
+
+    def __init__(self) -> None:
+        self.machine = Machine()
+        port, dashboard, agent, client = (free_port() for _ in range(4))
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.head = self.machine.start(
+            *("-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
+            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+            "--object-store-memory=100000000",
+        )
+        wait(lambda: "Ray runtime started" in self.machine.log.read_text(), 120, self.machine.log.read_text)
 
 
 class Client:
@@ -144,8 +168,20 @@ class Client:
         return (reply.choices[0].message.content or "").strip()
 
 
-def ask_once(service: Service, model: str, text: str) -> str:
-    with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+def get(url: str) -> int:
+    """The status, or 0 while nobody listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code
+    except OSError:
+        return 0
+
+
+def ask_once(url: str, model: str, text: str) -> str:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}])
     assert reply.usage is not None
     assert reply.usage.completion_tokens > 0
@@ -183,8 +219,6 @@ def service() -> Iterator[Service]:
     try:
         yield service.wait_until_ready()
     finally:
-        service.process.kill()
-        service.process.wait()
         machine.clear()
 
 
@@ -256,11 +290,10 @@ async def test_hangup_reloads_without_losing_a_request_or_a_replica(service: Ser
 
 
 async def test_a_config_with_a_mistake_changes_nothing(service: Service, client: Client) -> None:
-    left = {**CONFIG["engines"]["left"], "options": {"max_modle_len": 5}}
-    service.machine.write({**CONFIG, "engines": {**CONFIG["engines"], "left": left}})
+    service.machine.write({**CONFIG, "policies": {"default": {"router": {"name": "random", "options": {"sed": 1}}}}})
     service.process.send_signal(signal.SIGHUP)
     await asyncio.to_thread(wait, lambda: "config not deployed" in service.machine.log.read_text(), 60)
-    assert "unknown option 'max_modle_len'; did you mean 'max_model_len'?" in service.machine.log.read_text()
+    assert "unknown option 'sed'; did you mean 'seed'?" in service.machine.log.read_text()
     assert await client.ask("lefty", tokens=1)
 
 
@@ -308,23 +341,43 @@ async def test_terminate_finishes_what_is_under_way_and_leaves_nothing(service: 
     await asyncio.to_thread(wait, lambda: not service.machine.processes(), 20)
 
 
-def test_a_cluster_that_was_joined_keeps_running(machine: Machine) -> None:
-    port = free_port()
-    head = machine.start(
-        *("-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
-        *("--node-ip-address=127.0.0.1", "--include-dashboard=false", "--object-store-memory=100000000"),
-    )
-    wait(lambda: "Ray runtime started" in machine.log.read_text(), 60, machine.log.read_text)
-    config = {**CONFIG, "engines": {"near": CONFIG["engines"]["near"]}, "experts": {"neighbour": {"engine": "near"}}}
-    service = Service(machine, config, "--address", f"127.0.0.1:{port}").wait_until_ready()
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.machine.clear()
 
-    assert ask_once(service, "neighbour", "hi") == "neighbour heard: hi"
+
+def test_a_cluster_that_was_joined_keeps_running(cluster: Cluster) -> None:
+    service = Service(cluster.machine, GATEWAY_ALONE, "--address", cluster.address).wait_until_ready()
+
+    assert ask_once(service.url, "neighbour", "hi") == "neighbour heard: hi"
     assert service.stop() == 0
 
-    assert head.poll() is None
-    assert any(b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in machine.processes())
-    head.terminate()
-    head.wait(30)
+    assert cluster.head.poll() is None
+    alive = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.machine.processes()]
+    assert any(b"gcs_server" in line for line in alive)
+    assert not any(b"ServeReplica" in line for line in alive)
+
+
+def test_serve_deploy_does_the_same(cluster: Cluster) -> None:
+    """deploy/serve.yaml as it stands, but for where the config lies and which port is free."""
+    machine, port = cluster.machine, free_port()
+    machine.write(GATEWAY_ALONE)
+    text = (Path(__file__).parents[2] / "deploy" / "serve.yaml").read_text()
+    text = text.replace("/etc/collegium/collegium.yaml", str(machine.config)).replace("0.0.0.0", "127.0.0.1")
+    text = text.replace("port: 8000", f"port: {port}").replace("ingress_replicas: 2", "ingress_replicas: 1")
+
+    def deploy(text: str, model: str) -> None:
+        (machine.folder / "serve.yaml").write_text(text)
+        sent = machine.start("-m", "ray.serve.scripts", "deploy", "serve.yaml", "--address", cluster.dashboard)
+        assert sent.wait(60) == 0, machine.log.read_text()[-3000:]
+        wait(lambda: get(f"http://127.0.0.1:{port}/v1/models/{model}") == 200, 120, machine.log.read_text)
+        assert ask_once(f"http://127.0.0.1:{port}", model, "hi") == f"{model} heard: hi"
+
+    deploy(text, "neighbour")
+    machine.write({**GATEWAY_ALONE, "experts": {"newcomer": {"engine": "near"}}})
+    deploy(text.replace('revision: "1"', 'revision: "2"'), "newcomer")
 
 
 def test_a_config_that_cannot_run_is_said_before_ray_starts(machine: Machine) -> None:
@@ -347,7 +400,9 @@ def test_a_real_model_answers(machine: Machine) -> None:
         "policies": {"default": {"router": "always"}},
     }
     service = Service(machine, config).wait_until_ready()
-    assert "Paris" in ask_once(service, "generalist", "What is the capital of France?")
+    assert "Paris" in ask_once(service.url, "generalist", "What is the capital of France?")
+    with pytest.raises(BadRequestError, match="at most 512"):
+        ask_once(service.url, "generalist", "word " * 600)
     assert service.stop() == 0
     wait(lambda: not machine.processes(), 20)
 
