@@ -50,7 +50,7 @@ def collegium(
     version: Annotated[
         bool, typer.Option("--version", callback=lambda v: _version(v), is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the engines' own logs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a failure's traceback.")] = False,
 ) -> None:
     """One OpenAI-compatible service that answers every request with the right few models.
 

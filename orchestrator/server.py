@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+from rich.markup import escape
 
 from experts.errors import CollegiumError, ConfigError
 from orchestrator import log as logs
@@ -140,7 +141,7 @@ async def _announce(host: Host, console: "Console") -> None:
         while not host.ready:  # noqa: ASYNC110  # Host keeps a flag, not an event
             await asyncio.sleep(0.1)
     for engine_id, reason in host.failed.items():
-        console.print(f"[red]Engine {engine_id} did not load:[/] {reason}", markup=True)
+        console.print(f"[red]Engine {engine_id} did not load:[/] {escape(reason)}")
     answering = len(host.service.engines) - len(host.failed)
     console.print(
         f"Ready after {time.monotonic() - started:.1f} s: {answering} of {len(host.service.engines)} engines."

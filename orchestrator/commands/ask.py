@@ -11,15 +11,14 @@ import typer
 
 from orchestrator.commands.options import Aggregator, ConfigFile, Expert, Json, Policy, RouterName, Text, TopK, Url
 from orchestrator.commands.question import Explanation, Question
-from orchestrator.commands.screen import make_console, quiet_engines, show_calls, show_decision, waiting
+from orchestrator.commands.screen import make_console, show_calls, show_decision, waiting
 from orchestrator.starter import find_config, read_config
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def ask(
-    ctx: typer.Context,
     text: Text,
     config: ConfigFile = None,
     router: RouterName = None,
@@ -36,7 +35,6 @@ def ask(
 
     Example: collegium ask "What is 17 + 25?" --explain
     """
-    quiet_engines(ctx)
     question = Question(text=text, router=router, top_k=top_k, aggregator=aggregator, expert=expert, policy=policy)
     view = Answer(stream=stream, silent=as_json)
     explanation = asyncio.run(_ask(question, view, config, url))

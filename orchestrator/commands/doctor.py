@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from orchestrator.doctor.case import Finding
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 from experts.errors import ConfigError
 from orchestrator.starter import FILENAME, starter_text
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

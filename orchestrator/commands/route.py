@@ -11,15 +11,14 @@ import typer
 from orchestrator.commands.ask import Answer
 from orchestrator.commands.options import ConfigFile, Json, Policy, RouterName, Text, TopK, Url
 from orchestrator.commands.question import Question
-from orchestrator.commands.screen import make_console, quiet_engines, show_decision
+from orchestrator.commands.screen import make_console, show_decision
 from orchestrator.starter import find_config, read_config
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def route(
-    ctx: typer.Context,
     text: Text,
     config: ConfigFile = None,
     router: RouterName = None,
@@ -32,7 +31,6 @@ def route(
 
     Example: collegium route "How do you say bread in French?" --policy panel
     """
-    quiet_engines(ctx)
     question = Question(text=text, router=router, top_k=top_k, policy=policy)
     decision = asyncio.run(_route(question, Answer(stream=False, silent=as_json), config, url))
     if as_json:

@@ -1,12 +1,9 @@
 """What a person sees: bars and spinners on a terminal, a line each where there is none, and decisions in words."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,13 +18,6 @@ def make_console(*, stderr: bool = True) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
-
-
-def quiet_engines(ctx: typer.Context) -> None:
-    """Engines log a page each while they load: errors only, unless 'collegium --debug' asks for all of it."""
-    if not ctx.find_root().params["debug"]:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def show_decision(console: "Console", decision: Mapping[str, Any]) -> None:

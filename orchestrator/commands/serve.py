@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from orchestrator.commands.options import ConfigFile
-from orchestrator.commands.screen import make_console, quiet_engines
+from orchestrator.commands.screen import make_console
 from orchestrator.starter import find_config, read_config
 
 if TYPE_CHECKING:
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
     from orchestrator.config import Config
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def serve(
-    ctx: typer.Context,
     config: ConfigFile = None,
     runtime: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Ray Serve.")] = "local",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
@@ -35,7 +34,6 @@ def serve(
     """
     if address is not None and runtime != "ray":
         raise typer.BadParameter("--address needs --runtime ray.")
-    quiet_engines(ctx)
     path = find_config(config)
     loaded = read_config(path)
     if runtime == "ray":
@@ -60,8 +58,7 @@ def _greet(console: "Console", config: "Config", path: Path | None, listener: so
         f"by {path or 'the embedded default config'}. Ctrl-C stops it. Try:\n"
         f'  collegium ask "What is the capital of France?" --url {url}\n'
         f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-        f"  {url}/docs",
-        markup=True,
+        f"  {url}/docs"
     )
 
 

@@ -68,6 +68,7 @@ def test_every_command_has_help_with_an_example(run: CliRunner, command: list[st
     result = run.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert f"Example: collegium {' '.join(command)}" in " ".join(result.output.split())
+    assert "--install-completion" not in result.output
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
