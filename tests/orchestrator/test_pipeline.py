@@ -1,4 +1,5 @@
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -551,8 +552,10 @@ cases = st.builds(
 
 
 def well_formed(answer: list[Completion] | list[Chunk], n: int) -> bool:
+    """Each choice ends once, and its text is all of one expert's, or of several that were joined."""
     ends = [part.index for part in answer if part.finish_reason is not None]
-    return sorted(ends) == list(range(n)) and all(text_of(answer, i) for i in range(n))
+    whole = re.compile(r"[a-d] heard: \?( \| [a-d] heard: \?)*")
+    return sorted(ends) == list(range(n)) and all(whole.fullmatch(text_of(answer, i)) for i in range(n))
 
 
 def text_of(answer: list[Completion] | list[Chunk], index: int) -> str:
