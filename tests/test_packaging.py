@@ -135,6 +135,22 @@ def test_ci_runs_what_make_test_runs() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize(
+    ("refuses", "says"),
+    [("version_info", "needs Python 3.11 or newer"), ("ensurepip", "apt-get install python3-venv")],
+)
+def test_setup_says_what_is_missing(refuses: str, says: str, tmp_path: Path) -> None:
+    """On a Python that is too old, and on Debian's without python3-venv."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in *{refuses}*) exit 1;; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    make = ["make", "demo", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert says in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.slow
 def test_a_clean_environment_answers_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     """Needs pip's index or its cache."""
