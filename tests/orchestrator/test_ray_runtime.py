@@ -18,10 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
+from experts.models import cache_dir
 from orchestrator.ray_runtime import ENVIRONMENT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -389,25 +391,46 @@ def test_a_config_that_cannot_run_is_said_before_ray_starts(machine: Machine) ->
 
 
 @pytest.mark.vllm
-def test_a_real_model_answers(machine: Machine) -> None:
+def test_a_real_model_answers_with_and_without_an_adapter(machine: Machine) -> None:
     del machine.environment["RAYLLM_VLLM_ENGINE_CLS"]
-    machine.environment["COLLEGIUM_CACHE"] = str(cache())
+    machine.environment["COLLEGIUM_CACHE"] = str(cache_dir())
+    options = {"max_model_len": 256, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 4}
+    adapters = {"bent": str(random_adapter(machine.folder / "bent"))}
+    engine = {"backend": "vllm", "model": "smollm2-135m-instruct", "options": options, "adapters": adapters}
+    defaults = {"temperature": 0, "max_tokens": 12}
     config = {
-        "engines": {
-            "smollm2": {"backend": "vllm", "model": "smollm2-135m-instruct", "options": {"max_model_len": 512}}
+        "engines": {"smollm2": engine},
+        "experts": {
+            "generalist": {"engine": "smollm2", "defaults": defaults},
+            "stranger": {"engine": "smollm2", "defaults": defaults, "adapter": "bent"},
         },
-        "experts": {"generalist": {"engine": "smollm2", "defaults": {"temperature": 0, "max_tokens": 16}}},
         "policies": {"default": {"router": "always"}},
     }
     service = Service(machine, config).wait_until_ready()
-    assert "Paris" in ask_once(service.url, "generalist", "What is the capital of France?")
-    with pytest.raises(BadRequestError, match="at most 512"):
-        ask_once(service.url, "generalist", "word " * 600)
+
+    question = "What is the capital of France?"
+    assert "Paris" in ask_once(service.url, "generalist", question)
+    assert ask_once(service.url, "stranger", question) != ask_once(service.url, "generalist", question)
+    with pytest.raises(BadRequestError, match="at most 256"):
+        ask_once(service.url, "generalist", "word " * 300)
+
     assert service.stop() == 0
     wait(lambda: not machine.processes(), 20)
 
 
-def cache() -> Path:
-    from experts.models import cache_dir
+def random_adapter(folder: Path) -> Path:
+    """A LoRA of SmolLM2 as peft writes it, with weights large enough to change what the model says."""
+    from safetensors.numpy import save_file
 
-    return cache_dir()
+    rng, place = np.random.default_rng(0), "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (4, 576), "B": (576, 4)}
+    weights = {
+        place.format(layer, name): rng.normal(0, 0.2, shape).astype(np.float32)
+        for layer in range(30)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
