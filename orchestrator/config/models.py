@@ -167,7 +167,9 @@ class Limits(Section):
 class Resilience(Section):
     retries: int = Field(2, ge=0, le=10)
     backoff_s: PositiveFloat = 0.2
-    first_chunk_s: PositiveFloat = Field(60, description="An expert silent for so long has failed.")
+    first_chunk_s: PositiveFloat = Field(
+        60, description="A stream silent for so long has failed. An answer wanted whole has until the deadline."
+    )
     breaker_failures: PositiveInt = 5
     breaker_open_s: PositiveFloat = 10
     hedge_after_s: PositiveFloat | None = Field(None, description="Ask the next best too after so long.")

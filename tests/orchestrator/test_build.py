@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from experts.base import Engine
+from experts.base import Engine, collect
 from experts.errors import BreakerOpen, ConfigError, ExpertFailed
 from experts.fake import FakeEngine
 from experts.types import EngineSpec, Request
@@ -123,8 +123,9 @@ async def test_silence_is_bounded_by_first_chunk_s() -> None:
             resilience={"retries": 0, "first_chunk_s": 0.01},
         )
     )
+    run = Run(request=Request(prompt="?"), policy=service.policies.resolve("collegium"))
     with pytest.raises(ExpertFailed, match="nothing within"):
-        await ask(service)
+        await collect(service.orchestrator.generate(run), run.request)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,12 @@ def test_silence_before_the_first_chunk_is_a_failure(virtual: Virtual) -> None:
     assert inner.running == 0
 
 
+def test_a_whole_answer_is_no_sooner_than_its_end(virtual: Virtual) -> None:
+    expert, records = timed(Scripted([60.0, "x", END]), first_chunk_s=3.0)
+    assert virtual(lambda: answer(expert, ask(stream=False))).text == "x"
+    assert records[0].error is None
+
+
 def test_a_slow_middle_is_no_failure(virtual: Virtual) -> None:
     expert, _ = timed(Scripted(["x", 60.0, "y", END]), first_chunk_s=3.0)
     assert virtual(lambda: answer(expert)).text == "xy"
