@@ -20,16 +20,16 @@ log = logging.getLogger("collegium.request")
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            "request_id": request_id.get(),
-            **getattr(record, "fields", {}),
         }
+        if (running := request_id.get()) is not None:
+            line["request_id"] = running
+        line.update(getattr(record, "fields", ()))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        line = {k: v for k, v in line.items() if v is not None}
         try:
             return orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate (a file name, say) or a huge number: slower, but it takes everything

@@ -187,7 +187,7 @@ def test_only_so_many_mistakes_are_described(served: Served) -> None:
     for body in (b'{"model": "one", "messages": [' + b"1," * 20_000 + b"1]}", parts):
         with pytest.raises(ValidationError) as caught:
             ChatBody.model_validate_json(body)
-        assert caught.value.error_count() <= 2
+        assert caught.value.error_count() <= 3
     keys = chat()[:-1] + b"," + b",".join(b'"%d":1' % i for i in range(5000)) + b"}"
     assert "5000 mistakes" in check(served.exchange(served.post(keys)))["message"]
     assert check(served.exchange(served.post(chat()[:-1] + b',"' + b"k" * 90_000 + b'":1}')))["param"] == "k" * 200
