@@ -59,6 +59,7 @@ def create_app(
         title="collegium",
         summary="One OpenAI-compatible service that answers every request with the right few models.",
         lifespan=lambda _: _lifespan(host, decisions, tracing),
+        redirect_slashes=False,
         docs_url=None,  # mount() brings one that works offline
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

@@ -17,11 +17,14 @@ class Http1(HttpToolsProtocol):
 
     HEADERS_S = 10.0
     """From the connection, or a request's first byte, to its last header."""
+    HEAD_BYTES = 64 * 1024
+    """The parser itself would take headers without end."""
     UNREAD_S = 60.0
     """How long what was sent may lie unread."""
 
     _headers_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -32,12 +35,21 @@ class Http1(HttpToolsProtocol):
         self._stop(self._unread_timer)
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._headers_timer is None or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)  # all of it, for the headers are not complete
+        if self._head_bytes > self.HEAD_BYTES:
+            self.send_400_response(f"The request's headers take more than {self.HEAD_BYTES} bytes.")
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_headers()
 
     def on_headers_complete(self) -> None:
         self._stop(self._headers_timer)
+        self._headers_timer, self._head_bytes = None, 0
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
@@ -59,7 +71,11 @@ class Http1(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._stop(self._headers_timer)
-        self._headers_timer = self.loop.call_later(self.HEADERS_S, partial(self._give_up, "sends no request"))
+        self._headers_timer = self.loop.call_later(self.HEADERS_S, self._headers_late)
+
+    def _headers_late(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else the answer before is still under way
+            self._give_up("sends no request")
 
     def _give_up(self, why: str) -> None:
         log.info("a client %s; its connection was closed", why)

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -261,6 +262,23 @@ def test_no_http(served: Served, data: bytes) -> None:
     check(served.exchange(data))
 
 
+def test_headers_without_end(served: Served) -> None:
+    for start in (b"GET /v1/models HTTP/1.1\r\nx: ", b"GET /"):
+        with served.connect(start) as raw:
+            with suppress(ConnectionError):  # it may be over before all is sent
+                for _ in range(64):
+                    raw.sendall(b"x" * 65536)
+            with suppress(ConnectionError):
+                assert "headers" in check(b"".join(iter(lambda: raw.recv(65536), b"")))["message"]
+        assert not [c for c in served.server.server_state.connections if c.cycle is None]
+    many = b"".join(b"x-%d: %b\r\n" % (i, b"y" * 100) for i in range(500))  # 53 KB are still welcome
+    whole = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + many + b"\r\n"
+    with served.connect() as raw:
+        for i in range(0, len(whole), 1000):
+            raw.sendall(whole[i : i + 1000])
+        assert raw.recv(12) == b"HTTP/1.1 200"
+
+
 def test_injected_headers_go_nowhere(running: Served) -> None:
     for value in (b"a\r\nx-evil: 1", b"00-" + b"a" * 20_000, b"\xff\xfe", b"00-zz-zz-zz"):
         reply = running.exchange(running.post(chat()).replace(b"host: x", b"host: x\r\ntraceparent: " + value))
@@ -284,6 +302,7 @@ def test_the_last_of_two_equal_keys_holds(running: Served) -> None:
         ("PUT", "/v1/models/one", 405),
         ("POST", "/v1/decisions/x", 405),
         ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/chat/completions/", 404),
         ("GET", "/" + "x" * 5000, 404),
         ("GET", "/v1/models/%2e%2e%2f", 404),
         ("GET", "/v1/models/%00", 404),

@@ -152,6 +152,18 @@ def test_a_request_that_is_never_finished(start: bytes) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+def test_half_a_request_behind_a_whole_one() -> None:
+    """The answer under way is not cut for it."""
+    with serve({"text": "a b", "chunks": 3, "chunk_s": 0.2}) as served:
+        keep = chat(served, stream=True).replace(b"connection: close\r\n", b"")
+        with served.connect(keep + b"POST /v1/chat") as raw:
+            got = b""
+            while b"[DONE]" not in got:
+                assert (data := raw.recv(4096)), got
+                got += data
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_thousand_idle_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
