@@ -40,14 +40,16 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 _DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
 _CPU_DEFAULTS: Mapping[str, Any] = {
+    "block_size": 32,
     "enforce_eager": True,
     "kv_cache_memory_bytes": _GIB,
     "max_model_len": -1,
     "max_num_seqs": 32,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
-"""-1 is the longest context that the KV cache can hold. Compiling the model would add a minute to the start. The small
-models that run on CPUs fill a JSON answer with blanks up to max_tokens where they may."""
+"""Only whole blocks of a prompt are remembered: by vLLM's own 128 an expert's prompt seldom fills one, by 32 the first
+token came after 19 ms instead of 38. Compiling takes minutes, and made SmolLM2 talk nonsense (gcc 12, vLLM 0.29). -1 is
+the longest context that the KV cache can hold. Small models fill a JSON answer with blanks where they may."""
 
 _EVERYWHERE: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 

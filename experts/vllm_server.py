@@ -29,8 +29,8 @@ from experts.wire import read_error, request_body
 _BASE = "(base)"
 """What vLLM is told the model without an adapter is called. No adapter can have this name."""
 _UNBOUNDED = 2**31
-_END_S = 3.0
-"""vLLM frees what it holds in a second and takes some more to leave; nothing needs to be waited for."""
+_END_S = 5.0
+"""Then vLLM's process is killed."""
 
 Asked = ChatCompletionRequest | CompletionRequest
 

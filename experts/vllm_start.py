@@ -76,11 +76,16 @@ def _options(spec: EngineSpec, model: str) -> Options:
 
     cpu = current_platform.is_cpu()
     known = [field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")]
-    options = read_options(spec, model, known, cpu=cpu, cores=len(os.sched_getaffinity(0)))
+    options = read_options(spec, model, known, cpu=cpu, cores=_cores())
     if cpu:
         free = get_memory_node_info(get_visible_memory_node()[0]).available_memory
         check_memory(spec, options, available_bytes=free)
     return options
+
+
+def _cores() -> int:
+    """Those this process may use; macOS does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _configure(spec: EngineSpec, options: Options) -> "VllmConfig":

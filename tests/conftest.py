@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from safetensors.numpy import save_file
 
 from experts.types import EngineSpec
 from experts.vllm import VllmEngine
@@ -44,6 +43,8 @@ async def vllm_engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 
 def random_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
     """A LoRA folder as peft writes it, with random weights large enough to change what SmolLM2 says."""
+    from safetensors.numpy import save_file
+
     rng = np.random.default_rng(seed)
     tensors = {}
     for layer in range(SMOLLM2_LAYERS):
