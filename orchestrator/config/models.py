@@ -168,7 +168,7 @@ class Resilience(Section):
     retries: int = Field(2, ge=0, le=10)
     backoff_s: PositiveFloat = 0.2
     first_chunk_s: PositiveFloat = Field(
-        60, description="A stream silent for so long has failed. An answer wanted whole has until the deadline."
+        60, description="A stream silent for so long has failed; an answer wanted whole, after 3/4 of the deadline."
     )
     breaker_failures: PositiveInt = 5
     breaker_open_s: PositiveFloat = 10

@@ -33,12 +33,15 @@ def failure_kind(exc: BaseException) -> str:
 
 
 class Timed:
-    """Reports every call, however it ends. Fails a stream whose first chunk is late, and a call that ends before each
-    choice has its finish reason: silence is no answer, and half an answer is none either.
+    """Reports every call, however it ends. Fails one whose first chunk is late, or that ends before each choice has
+    its finish reason: silence is no answer, and half an answer is none either.
 
-    Where no stream is asked for an engine may send its answer whole, and then its first chunk is as late as its last:
-    only the deadline, and what the engine itself bounds, end such a call.
+    Where no stream is asked for, an engine may send its answer whole: its first chunk is as late as its last then. Such
+    a call has ``WHOLE_SHARE`` of the request's deadline, so that one that hangs leaves time for the next expert, and
+    is told apart from a caller who gave up.
     """
+
+    WHOLE_SHARE = 0.75
 
     def __init__(self, inner: Expert, *, on_call: Callable[[CallRecord], None], first_chunk_s: float) -> None:
         self.spec = inner.spec
@@ -50,7 +53,7 @@ class Timed:
         call = _Call(self.spec, request)
         try:
             async with aclosing(self._inner.generate(request)) as stream:
-                chunk = await self._first(stream, self._first_chunk_s if request.stream else None)
+                chunk = await self._first(stream, request)
                 call.first_s = time.monotonic()
                 call.note(chunk)
                 yield chunk
@@ -74,16 +77,18 @@ class Timed:
     async def aclose(self) -> None:
         await self._inner.aclose()
 
-    async def _first(self, stream: ChunkStream, within_s: float | None) -> Chunk:
+    async def _first(self, stream: ChunkStream, request: Request) -> Chunk:
+        within_s = self._first_chunk_s if request.stream else self.WHOLE_SHARE * request.deadline_s
         try:
-            if within_s is None:
-                return await anext(stream)
             async with asyncio.timeout(within_s) as limit:
                 return await anext(stream)
         except TimeoutError as exc:
-            if within_s is None or not limit.expired():
+            if not limit.expired():
                 raise
-            raise ExpertFailed(f"Expert '{self.spec.expert_id}' sent nothing within {within_s:g} s.") from exc
+            # Asked again, it would most likely be silent again; the next best expert is sooner.
+            raise ExpertFailed(
+                f"Expert '{self.spec.expert_id}' sent nothing within {within_s:g} s.", retryable=False
+            ) from exc
         except StopAsyncIteration as exc:
             raise ExpertFailed(f"Expert '{self.spec.expert_id}' ended its stream without an answer.") from exc
 

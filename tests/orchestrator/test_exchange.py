@@ -125,7 +125,7 @@ def test_the_deadline_before_the_first_chunk(ask: Callable[..., httpx.Response])
         found = error(ask(served), 504)
         assert (found["code"], "0.1 s" in found["message"]) == ("deadline_exceeded", True)
         assert served.idle
-        assert served.engine.cancelled == 1
+        assert served.engine.cancelled >= 1  # a whole answer leaves time for the next expert
 
 
 def test_the_deadline_mid_stream() -> None:

@@ -140,10 +140,19 @@ def test_silence_before_the_first_chunk_is_a_failure(virtual: Virtual) -> None:
     assert inner.running == 0
 
 
-def test_a_whole_answer_is_no_sooner_than_its_end(virtual: Virtual) -> None:
-    expert, records = timed(Scripted([60.0, "x", END]), first_chunk_s=3.0)
+def test_a_whole_answer_has_three_quarters_of_the_deadline(virtual: Virtual) -> None:
+    expert, records = timed(Scripted([74.0, "x", END], [HANG]), first_chunk_s=3.0)
     assert virtual(lambda: answer(expert, ask(stream=False))).text == "x"
-    assert records[0].error is None
+    with pytest.raises(ExpertFailed, match="within 75 s"):
+        virtual(lambda: answer(expert, ask(stream=False)))
+    assert [r.error for r in records] == [None, "expert_failed"]
+
+
+def test_silence_is_not_asked_again(virtual: Virtual) -> None:
+    inner = Scripted([HANG])
+    with pytest.raises(ExpertFailed, match="within 10 s"):
+        virtual(lambda: answer(retrying(timed(inner)[0])))
+    assert inner.calls == 1
 
 
 def test_a_slow_middle_is_no_failure(virtual: Virtual) -> None:
