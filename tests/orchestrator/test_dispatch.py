@@ -128,7 +128,7 @@ class Places(RuleBasedStateMachine):
 
 
 TestPlaces = Places.TestCase
-TestPlaces.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestPlaces.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
 
 
 async def test_past_the_queue_callers_are_told_to_come_back() -> None:

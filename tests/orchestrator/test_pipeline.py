@@ -581,7 +581,7 @@ def text_of(answer: list[Completion] | list[Chunk], index: int) -> str:
 
 
 @given(case=cases)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_request_gets_one_answer_or_one_error_in_time(virtual: Virtual, case: Case) -> None:
     async def settle() -> None:
         built = house(*case.scripts, retries=case.retries, hedge_after_s=case.hedge_after_s)
