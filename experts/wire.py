@@ -152,10 +152,12 @@ _TITLE = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
 # vLLM: "maximum context length is 64 tokens ... your prompt contains at least 80 input tokens" and variants;
 # OpenAI: "maximum context length is 4097 tokens. However, your messages resulted in 5000 tokens".
 _LIMIT = re.compile(r"maximum (?:context|model) length(?: is| of) (\d{1,9})", re.IGNORECASE)
-_COUNT = re.compile(r"(?:contains|resulted in|requested|has|length of)(?: at least)? (\d{1,9})", re.IGNORECASE)
+_COUNT = re.compile(r"(?:contains|resulted in|has|length of)(?: at least)? (\d{1,9})", re.IGNORECASE)
+# "you requested 5000 tokens (4000 in your messages, 1000 in the completion)": the fallback, as the total of both.
+_TOTAL = re.compile(r"requested (\d{1,9}) tokens", re.IGNORECASE)
 
 
 def _context_lengths(message: str) -> tuple[int, int] | None:
     """(context length, prompt tokens) when ``message`` says that the prompt is too long."""
-    limit, count = _LIMIT.search(message), _COUNT.search(message)
+    limit, count = _LIMIT.search(message), _COUNT.search(message) or _TOTAL.search(message)
     return (int(limit[1]), int(count[1])) if limit and count else None

@@ -222,6 +222,16 @@ class TestErrors:
                 "tokens.",
                 (64, 80),
             ),
+            (
+                "This model's maximum context length is 64 tokens. However, you requested 10 output tokens and your "
+                "prompt contains at least 55 input tokens.",
+                (64, 55),
+            ),
+            (
+                "This model's maximum context length is 4097 tokens, however you requested 5000 tokens (4000 in your "
+                "prompt; 1000 for the completion).",
+                (4097, 5000),
+            ),
         ],
     )
     def test_a_prompt_too_long_for_this_expert_may_suit_another(self, message: str, lengths: tuple[int, int]) -> None:
