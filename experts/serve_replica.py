@@ -5,6 +5,7 @@ Imports vLLM, so only whoever deploys imports it, and the replicas themselves.
 
 import asyncio
 import dataclasses
+import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from experts.models import MODELS, resolve
 from experts.types import EngineSpec
 from experts.vllm_options import Options, read_options
 
+log = logging.getLogger(__name__)
+
 
 class JsonServer(LLMServer):
     """ray.serve.llm's server with JSON in and out, so that callers need no vLLM."""
@@ -32,17 +35,25 @@ class JsonServer(LLMServer):
         await super().__init__(make_llm_config(spec, source=folder))
 
     async def stream(self, method: str, body: Mapping[str, Any]) -> AsyncGenerator[str | Mapping[str, Any], None]:
-        """``method`` is "chat" or "completions", ``body`` as in OpenAI's API. Yields SSE events, or an error object."""
+        """``method`` is "chat" or "completions", ``body`` as in OpenAI's API. Yields SSE events, or an error object:
+        an exception of vLLM's would bring vLLM into the process that it is raised in."""
         model: Any = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[method]
         try:
-            request = model.model_validate(body)
+            async for item in await getattr(self, method)(model.model_validate(body)):
+                for event in item if isinstance(item, list) else [item]:
+                    yield event if isinstance(event, str) else event.model_dump()
         except (ValidationError, VLLMClientError) as exc:
-            # vLLM's table from exceptions to statuses, which its HTTP server uses too.
             yield create_error_response(exc).model_dump()
-            return
-        async for item in await getattr(self, method)(request):
-            for event in item if isinstance(item, list) else [item]:
-                yield event if isinstance(event, str) else event.model_dump()
+        except Exception as exc:
+            log.exception("a call failed")
+            yield create_error_response(exc).model_dump()
+
+    async def check_health(self) -> None:
+        """Serve asks, and so does the gateway."""
+        try:
+            await super().check_health()
+        except Exception as exc:
+            raise RuntimeError(f"{type(exc).__name__}: {exc}") from exc
 
 
 def make_deployment(spec: EngineSpec, *, name: str, drain_s: float) -> Application:

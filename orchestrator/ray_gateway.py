@@ -116,12 +116,16 @@ def check(config: Config, *, folder: Path) -> None:
         build_service(config, make=_make)
 
 
-def deploy_application(config: Config, *, name: str, folder: Path, ingress_replicas: int) -> None:
-    """Blocks until every replica runs. Raises ConfigError, and then nothing was changed."""
-    from ray import serve
+class Deployer:
+    """Deploys in a process that is not the caller's: to describe an engine to Ray takes all of vLLM, 700 MB."""
 
-    check(config, folder=folder)
-    serve.run(make_application(config, folder=folder, ingress_replicas=ingress_replicas), name=name, route_prefix="/")
+    def deploy(self, config: Config, *, name: str, folder: Path, ingress_replicas: int) -> None:
+        """Blocks until every replica runs. Raises ConfigError, and then nothing was changed."""
+        from ray import serve
+
+        check(config, folder=folder)
+        app = make_application(config, folder=folder, ingress_replicas=ingress_replicas)
+        serve.run(app, name=name, route_prefix="/")
 
 
 def _make(spec: EngineSpec, handle: "DeploymentHandle[Any] | None" = None) -> Engine:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from experts.errors import CollegiumError, ConfigError, ExpertFailed
 from orchestrator import log as logs
 from orchestrator.config import Config, VllmConfig, load_config, nearest
-from orchestrator.ray_gateway import check, deploy_application, make_application
+from orchestrator.ray_gateway import Deployer, check, make_application
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -175,18 +175,21 @@ def _deployment() -> Iterator[None]:
 
 
 def _deploy(config: Config, ingress_replicas: int) -> None:
-    """In a process that ends with it: describing the engines to Ray takes all of vLLM."""
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError
 
-    task: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0)
+    remote: Any = ray.remote(num_cpus=0)
+    deployer = remote(Deployer).remote()
     try:
-        ray.get(task(deploy_application).remote(config, name=APP, folder=Path.cwd(), ingress_replicas=ingress_replicas))
-    except RayTaskError as exc:
-        if isinstance(exc.cause, CollegiumError):
-            raise exc.cause from exc
-        reason = "; ".join(_troubles()) or str(exc.cause)
+        ray.get(deployer.deploy.remote(config, name=APP, folder=Path.cwd(), ingress_replicas=ingress_replicas))
+    except RayError as exc:
+        cause = getattr(exc, "cause", exc)
+        if isinstance(cause, CollegiumError):
+            raise cause from exc
+        reason = "; ".join(_troubles()) or str(cause)
         raise ExpertFailed(f"Ray Serve could not deploy the service: {reason}", retryable=False) from exc
+    finally:
+        ray.kill(deployer)
 
 
 def _troubles() -> Iterator[str]:

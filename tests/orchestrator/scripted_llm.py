@@ -1,7 +1,8 @@
 """An engine for ray.serve.llm that needs no model: RAYLLM_VLLM_ENGINE_CLS names it, Ray's own way in for tests.
 
 The question is a JSON object: ``wait_s`` before the first token, ``tokens`` (each says the replica's process id),
-``token_s`` between them, ``error`` (an HTTP status to refuse with), ``crash`` (the method raises).
+``token_s`` between them, ``gate`` (a file that has to exist before the second one), ``error`` (an HTTP status to refuse
+with, and ``message``), ``crash`` (the method raises), ``note`` (a file that is written when the call is cancelled).
 """
 
 import asyncio
@@ -53,6 +54,8 @@ class ScriptedEngine:
         tokens = script.get("tokens", 1)
         for index in range(tokens):
             await asyncio.sleep(script.get("token_s", 0))
+            while index and (gate := script.get("gate")) and not Path(gate).exists():
+                await asyncio.sleep(0.02)
             finish = "stop" if index == tokens - 1 else None
             delta = {"content": f"{os.getpid()} "}
             yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
