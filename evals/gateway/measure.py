@@ -57,14 +57,13 @@ async def full_round(contestant: Contestant, seconds: float) -> Figures:
 
 
 async def soak(contestant: Contestant) -> Figures:
-    """Memory before, and after it has answered ``SOAK`` requests."""
-    started = contestant.process.rss_mib()
+    """Memory when it is warm, and after ``SOAK`` requests more."""
     first = await run(contestant.target, connections=CONNECTIONS, requests=SOAK_WARM)
     warm = contestant.process.rss_mib()
     rest = await run(contestant.target, connections=CONNECTIONS, requests=SOAK)
     ended = contestant.process.rss_mib()
     faults = first.faults.total() + rest.faults.total()
-    return {"started_mib": started, "warm_mib": warm, "ended_mib": ended, "requests": rest.right, "faults": faults}
+    return {"warm_mib": warm, "ended_mib": ended, "requests": rest.right, "faults": faults}
 
 
 async def _weighed(

@@ -167,7 +167,7 @@ FIGURES = {
 
 class TestReport:
     def test_verdicts(self) -> None:
-        soak = {"started_mib": 80.0, "warm_mib": 100.0, "ended_mib": 104.0, "faults": 0.0}
+        soak = {"warm_mib": 100.0, "ended_mib": 104.0, "faults": 0.0}
         verdicts = {row.name: (row.figure, row.verdict) for row in rows(FIGURES, soak, None)}
         assert verdicts["requests/s at 16 connections"] == (3000.0, "met")
         assert verdicts["added latency, p50"] == (0.4, "met")
