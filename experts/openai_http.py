@@ -138,6 +138,7 @@ class _StreamedAnswer:
         except ValueError as exc:
             raise _garbled(exc, self._expert) from exc
         for chunk in chunks:
+            chunk.more = chunk is not chunks[-1]
             if chunk.finish_reason is not None:
                 self._finished += 1
         return chunks

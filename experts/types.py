@@ -107,7 +107,8 @@ class Chunk:
     """A piece of one streamed choice. Not frozen: one is made per token, and freezing doubles its cost.
 
     ``finish_reason`` ends choice ``index``: a stream without one for each of its request's ``n`` choices was cut.
-    ``usage`` comes once, on the stream's last chunk, if the engine tells it at all.
+    ``usage`` comes once, on the stream's last chunk, if the engine tells it at all. ``more`` says that the next chunk
+    is there already, so that a writer may send both at once.
     """
 
     expert_id: str
@@ -117,6 +118,7 @@ class Chunk:
     logprobs: JSON | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    more: bool = False
 
 
 ChunkStream = AsyncGenerator[Chunk, None]

@@ -123,7 +123,8 @@ class WholeAnswer(Answer):
 
 
 class AnswerStream(Answer):
-    """The answer as server-sent events, one a chunk. A failure after the first is an error event and ``[DONE]``."""
+    """The answer as server-sent events, one a chunk; those that came together leave in one write. A failure after the
+    first is an error event and ``[DONE]``."""
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class AnswerStream(Answer):
         self._include_usage = include_usage
         self._expert_id = ""
         self._begun: set[int] = set()
+        self._unsent: list[bytes] = []
 
     async def _give(self, client: Client) -> None:
         async with deadline(self._run.request), aclosing(self._orchestrator.generate(self._run)) as chunks:
@@ -147,16 +149,18 @@ class AnswerStream(Answer):
                     self._started, self._expert_id = True, chunk.expert_id
                     await client.send(self._start())
                 if chunk.usage is None or chunk.text or chunk.tool_calls or chunk.finish_reason:
-                    await client.send(_more(self._event(chunk)))
-        await client.send(_more(b"".join(self._closing())))
-        await client.send(_END)
+                    self._unsent.append(self._event(chunk))
+                if self._unsent and not chunk.more:
+                    body = b"".join(self._unsent)
+                    self._unsent.clear()
+                    await client.send({"type": "http.response.body", "body": body, "more_body": True})
+        await client.send(_last(*self._unsent, *self._closing()))
 
     async def _fail(self, exc: CollegiumError, client: Client) -> None:
         if not self._started:
             await super()._fail(exc, client)
             return
-        await client.send(_more(_data(error_body(exc)) + DONE))
-        await client.send(_END)
+        await client.send(_last(*self._unsent, _data(error_body(exc)), DONE))
 
     def _start(self) -> Message:
         headers = [
@@ -190,12 +194,9 @@ class AnswerStream(Answer):
         }
 
 
-_END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
-
-
 def _data(body: Any) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 
 
-def _more(body: bytes) -> Message:
-    return {"type": "http.response.body", "body": body, "more_body": True}
+def _last(*events: bytes) -> Message:
+    return {"type": "http.response.body", "body": b"".join(events)}

@@ -172,6 +172,11 @@ class TestAnswers:
         assert chunks[-1].usage == Usage(prompt_tokens=5, completion_tokens=3)
         assert {c.expert_id for c in chunks} == {"tutor"}
 
+    async def test_chunks_that_came_together_say_so(self, upstream: Upstream, load: Load) -> None:
+        first, second, last = (part(b"".join(map(event, EVENTS[a:b]))) for a, b in ((0, 1), (1, 3), (3, 6)))
+        upstream.replies = [[STREAM_HEAD + first, second, last + LAST]]
+        assert [c.more for c in await read(await load())] == [False, True, False, True, False]
+
     async def test_a_chunk_is_given_before_the_next_is_there(self, upstream: Upstream, load: Load) -> None:
         upstream.replies = [[STREAM_HEAD + part(event(delta("one"))), hang]]
         async with asyncio.timeout(5), aclosing((await load()).generate(ask(), EXPERT)) as stream:

@@ -198,6 +198,23 @@ def test_a_bug_mid_stream(caplog: pytest.LogCaptureFixture) -> None:
     assert "foresaw" in caplog.text
 
 
+def test_chunks_that_came_together_leave_together() -> None:
+    chunks = [Chunk(expert_id="one", text=t, more=t == "b") for t in "abc"]
+    end = Chunk(expert_id="one", finish_reason="stop")
+    with serving(fake_config(), make=buggy([*chunks, end], None)) as served:
+        body = {"model": "collegium", "messages": ASK, "stream": True}
+        with served.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+            parts = list(reply.iter_raw())
+    assert [part.count(b"data: ") for part in parts] == [1, 2, 1, 1]
+
+
+def test_what_was_held_is_not_lost_in_a_failure() -> None:
+    with serving(fake_config(), make=buggy([Chunk(expert_id="one", text="half", more=True)], BUG)) as served:
+        *rows, last = events(stream(served))
+        assert text(rows) == "half"
+        assert last["error"]["code"] == "internal_error"
+
+
 @pytest.mark.parametrize("ask", [post, stream])
 def test_an_engine_that_cancels_itself(ask: Callable[..., httpx.Response]) -> None:
     with serving(fake_config(), make=buggy([], asyncio.CancelledError())) as served:

@@ -159,7 +159,8 @@ def test_half_a_request_behind_a_whole_one() -> None:
         with served.connect(keep + b"POST /v1/chat") as raw:
             got = b""
             while b"[DONE]" not in got:
-                assert (data := raw.recv(4096)), got
+                data = raw.recv(4096)
+                assert data, got
                 got += data
 
 
