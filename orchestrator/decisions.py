@@ -157,7 +157,9 @@ class DecisionLog:
         """Filed when the run ends."""
 
     def ended(self, run: Run) -> None:
-        self._shelf.put(run.request.request_id, (run.request.tenant, to_json(explanation(run))))
+        # A copy, for orjson's own bytes keep the 4 KB that they were written in.
+        row = bytes(memoryview(to_json(explanation(run))))
+        self._shelf.put(run.request.request_id, (run.request.tenant, row))
 
     async def read(self, request_id: str, tenant: str | None) -> Any:
         """The explanation, or None when it is not there (any more) or is another tenant's.
