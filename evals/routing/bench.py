@@ -24,22 +24,33 @@ TIMED = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """A router with one policy. ``difference`` is paired, to the best single expert on train."""
+class Fit:
+    """A fitted router and what it predicts for the test split."""
 
     router: str
-    aggregator: str
-    top_k: int
-    outcome: Outcome
-    score: Estimate
-    difference: Estimate
-    gap_closed: float | None
     predicted: Array
     curve: list[tuple[float, float]]
     pair: PairCurve | None
     calibration: Calibration | None
     fit_s: float
     decide_ms: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A router with one policy. ``difference`` is paired, to the best single expert on train."""
+
+    fit: Fit
+    aggregator: str
+    top_k: int
+    outcome: Outcome
+    score: Estimate
+    difference: Estimate
+    gap_closed: float | None
+
+    @property
+    def label(self) -> str:
+        return self.fit.router if self.top_k == 1 else f"{self.fit.router}, {self.top_k} calls"
 
     @property
     def helps(self) -> bool:
@@ -55,24 +66,37 @@ class Evaluation:
     differences: Mapping[str, Estimate]
     results: Sequence[Result]
 
+    @property
+    def fits(self) -> list[Fit]:
+        """Each router once."""
+        return list({result.fit.router: result.fit for result in self.results}.values())
+
 
 async def evaluate(
     setting: Setting,
     routers: Sequence[str],
     *,
-    top_k: int,
+    top_ks: Sequence[int],
     aggregator: str,
     on_router: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Raises ConfigError for a router or an aggregator that does not exist or cannot be used with this pool."""
+    """Each router is fitted once, whatever is asked of it: ``top_ks`` is policy. ``aggregator`` is for more than one.
+
+    Raises ConfigError for a router or an aggregator that does not exist or cannot be used with this pool.
+    """
     makers = [(name, model_class(name)) for name in routers]
-    aggregator_for(aggregator, setting)
+    if max(top_ks) > 1:
+        aggregator_for(aggregator, setting)
     bootstrap = Bootstrap(len(setting.test), setting.seed)
-    found = await baselines(setting, top_k)
+    found = await baselines(setting, max(top_ks))
     results = []
     for name, maker in makers:
         on_router(name)
-        results.append(await _measure(name, maker, setting, found, bootstrap, top_k=top_k, aggregator=aggregator))
+        fitted = _fit(name, maker, setting)
+        for top_k in top_ks:
+            own = aggregator if top_k > 1 else "first"
+            outcome = await ask(fitted.predicted, setting, aggregator_for(own, setting), top_k)
+            results.append(_result(fitted, outcome, own, top_k, found, bootstrap))
     best = found["best_single"].outcome.scores
     return Evaluation(
         setting=setting,
@@ -83,38 +107,36 @@ async def evaluate(
     )
 
 
-async def _measure(
-    name: str,
-    maker: type[Model],
-    setting: Setting,
-    found: Mapping[str, Baseline],
-    bootstrap: Bootstrap,
-    *,
-    top_k: int,
-    aggregator: str,
-) -> Result:
+def _fit(name: str, maker: type[Model], setting: Setting) -> Fit:
     started = time.perf_counter()
     model = maker.fit(setting.training)
     fit_s = time.perf_counter() - started
     predicted = model.predict(setting.asked)
-    outcome = await ask(predicted, setting, aggregator_for(aggregator, setting), top_k)
-    best, oracle = found["best_single"].outcome.scores, found["oracle"].outcome.scores
-    room = float(oracle.mean() - best.mean())
-    difference = bootstrap.difference(outcome.scores, best)
-    return Result(
+    return Fit(
         router=name,
-        aggregator=aggregator if top_k > 1 else "first",
-        top_k=top_k,
-        outcome=outcome,
-        score=bootstrap.mean(outcome.scores),
-        difference=difference,
-        gap_closed=difference.value / room if room > 0 else None,
         predicted=predicted,
         curve=cost_curve(predicted, setting.scores_QE, setting.cost_QE[setting.test], setting.costs_E),
         pair=_pair(predicted, setting),
         calibration=calibrate(predicted, setting.scores_QE) if name in PROBABILITIES else None,
         fit_s=fit_s,
         decide_ms=decide_times_ms(model, setting.asked),
+    )
+
+
+def _result(
+    fit: Fit, outcome: Outcome, aggregator: str, top_k: int, found: Mapping[str, Baseline], bootstrap: Bootstrap
+) -> Result:
+    best, oracle = found["best_single"].outcome.scores, found["oracle"].outcome.scores
+    room = float(oracle.mean() - best.mean())
+    difference = bootstrap.difference(outcome.scores, best)
+    return Result(
+        fit=fit,
+        aggregator=aggregator,
+        top_k=top_k,
+        outcome=outcome,
+        score=bootstrap.mean(outcome.scores),
+        difference=difference,
+        gap_closed=difference.value / room if room > 0 else None,
     )
 
 

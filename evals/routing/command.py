@@ -17,14 +17,11 @@ Pool = Annotated[Path, typer.Option("--pool", help="Folder of a recorded pool.")
 Names = Annotated[str, typer.Option("--router", help="Routers, comma-separated, or 'all'.")]
 Experts = Annotated[str | None, typer.Option(help="Experts of the pool, comma-separated; all by default.")]
 Split = Annotated[str, typer.Option(help="A split of the pool.")]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Experts asked a question.")]
+TopK = Annotated[str, typer.Option("--top-k", help="Experts asked a question; several, as in 1,3, cost no new fit.")]
 MaxCalls = Annotated[int | None, typer.Option(min=1, help="Never more calls than these.")]
-AggregatorName = Annotated[
-    str | None, typer.Option("--aggregator", help="Default: first, or weighted_vote for top-k > 1.")
-]
+AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines answers where top-k is above 1.")]
 Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
-Robust = Annotated[int, typer.Option(min=0, help="Questions for the robustness report; 0 leaves it out.")]
 Model = Annotated[str, typer.Option("--encoder", help="Encoder: its name or a folder.")]
 
 
@@ -34,9 +31,9 @@ def routing(
     experts: Experts = None,
     train: Split = "train",
     test: Split = "test",
-    top_k: TopK = 1,
+    top_k: TopK = "1",
     max_calls: MaxCalls = None,
-    aggregator: AggregatorName = None,
+    aggregator: AggregatorName = "weighted_vote",
     seed: Seed = 0,
     out: Out = Path("routing-report"),
     encoder: Model = "all-minilm-l6-v2",
@@ -49,9 +46,21 @@ def routing(
 
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
-    calls = min(top_k, max_calls or top_k)
-    wanted = aggregator or ("weighted_vote" if calls > 1 else "first")
-    asyncio.run(_run(console, pool, chosen, router, (train, test), calls, wanted, seed, out, encoder))
+    asyncio.run(
+        _run(console, pool, chosen, router, (train, test), _calls(top_k, max_calls), aggregator, seed, out, encoder)
+    )
+
+
+def _calls(top_k: str, max_calls: int | None) -> list[int]:
+    try:
+        wanted = [int(k) for k in top_k.split(",")]
+    except ValueError as exc:
+        raise typer.BadParameter(
+            f"'{top_k}' is no number, nor several with commas between.", param_hint="--top-k"
+        ) from exc
+    if min(wanted) < 1:
+        raise typer.BadParameter("a question needs one call at least.", param_hint="--top-k")
+    return sorted({min(k, max_calls or k) for k in wanted})
 
 
 async def _run(
@@ -60,7 +69,7 @@ async def _run(
     experts: list[str] | None,
     router: str,
     splits: tuple[str, str],
-    top_k: int,
+    top_ks: list[int],
     aggregator: str,
     seed: int,
     out: Path,
@@ -84,7 +93,7 @@ async def _run(
             progress.advance(1)
             console.print(f"[dim]{name}[/]")
 
-        evaluation = await evaluate(setting, names, top_k=top_k, aggregator=aggregator, on_router=tell)
+        evaluation = await evaluate(setting, names, top_ks=top_ks, aggregator=aggregator, on_router=tell)
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
     report.write(found, out)
     plots.draw(evaluation, out)
@@ -145,7 +154,8 @@ def _show(evaluation: "Evaluation", found: dict[str, Any]) -> None:
     for name, b in found["baselines"].items():
         table.add_row(name, *_cells(b), b.get("expert", ""), style="dim")
     for r in found["results"]:
-        table.add_row(r["router"], *_cells(r), r["verdict"], style="green" if r["verdict"] == "helps" else "")
+        who = r["router"] if r["top_k"] == 1 else f"{r['router']}, {r['top_k']} calls"
+        table.add_row(who, *_cells(r), r["verdict"], style="green" if r["verdict"] == "helps" else "")
     make_console(stderr=False).print(table)
 
 

@@ -45,7 +45,7 @@ def _figure(width: float, height: float, title: str) -> "tuple[Figure, Axes]":
 
 def _scores(evaluation: Evaluation) -> "Figure":
     bars = [(name, evaluation.estimates[name], PALE) for name in evaluation.baselines if name != "oracle"]
-    bars += [(r.router, r.score, GOOD if r.helps else INK) for r in evaluation.results]
+    bars += [(r.label, r.score, GOOD if r.helps else INK) for r in evaluation.results]
     bars.sort(key=lambda bar: bar[1].value)
     records = evaluation.setting.records
     figure, axes = _figure(7.5, 1.2 + 0.3 * len(bars), f"{records.name}, {len(records.experts)} experts: score, 95 %")
@@ -74,9 +74,9 @@ def _cost(evaluation: Evaluation) -> "Figure":
     setting = evaluation.setting
     mean_costs, means = setting.cost_QE[setting.test].mean(axis=0), setting.scores_QE.mean(axis=0) * 100
     axes.scatter(mean_costs, means, color=PALE, edgecolor=INK, zorder=3, label="experts")
-    for result in evaluation.results:
-        points = sorted((cost, score * 100) for cost, score in result.curve)
-        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=result.router)
+    for fit in evaluation.fits:
+        points = sorted((cost, score * 100) for cost, score in fit.curve)
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=fit.router)
     if mean_costs.min() > 0:
         axes.set_xscale("log")
     axes.set_xlabel(f"mean cost of a question ({setting.unit})")
@@ -87,13 +87,11 @@ def _cost(evaluation: Evaluation) -> "Figure":
 
 def _pair(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(6, 4.5, "Strong and weak expert")
-    for result in evaluation.results:
-        if result.pair is not None:
-            share = np.linspace(0, 100, len(result.pair.scores))
-            axes.plot(
-                share, result.pair.scores * 100, linewidth=1.2, label=f"{result.router} {result.pair.apgr or 0:.2f}"
-            )
-    pair = next((r.pair for r in evaluation.results if r.pair is not None), None)
+    for fit in evaluation.fits:
+        if fit.pair is not None:
+            share = np.linspace(0, 100, len(fit.pair.scores))
+            axes.plot(share, fit.pair.scores * 100, linewidth=1.2, label=f"{fit.router} {fit.pair.apgr or 0:.2f}")
+    pair = next((f.pair for f in evaluation.fits if f.pair is not None), None)
     if pair is not None:
         ids = evaluation.setting.records.expert_ids
         axes.plot([0, 100], pair.scores[[0, -1]] * 100, "--", color="#777", linewidth=1, label="random mix 0.50")
@@ -107,16 +105,16 @@ def _pair(evaluation: Evaluation) -> "Figure":
 def _reliability(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(5, 4.5, "Do probabilities hold?")
     axes.plot([0, 1], [0, 1], "--", color="#777", linewidth=1)
-    for result in evaluation.results:
-        if result.calibration is not None:
-            predicted, scores, _ = zip(*result.calibration.bins, strict=True)
+    for fit in evaluation.fits:
+        if fit.calibration is not None:
+            predicted, scores, _ = zip(*fit.calibration.bins, strict=True)
             axes.plot(
                 predicted,
                 scores,
                 marker="o",
                 markersize=3,
                 linewidth=1,
-                label=_ece(result.router, result.calibration.ece),
+                label=_ece(fit.router, fit.calibration.ece),
             )
     axes.set_xlabel("predicted")
     axes.set_ylabel("observed")

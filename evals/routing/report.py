@@ -51,9 +51,9 @@ def _baseline(name: str, baseline: Baseline, evaluation: Evaluation) -> dict[str
 def _result(result: Result, evaluation: Evaluation, encode_ms: Array) -> dict[str, Any]:
     in_usd = evaluation.setting.unit == "usd"
     mean_cost = float(result.outcome.costs.mean())
-    route_ms = result.decide_ms + float(np.median(encode_ms)) if len(encode_ms) else result.decide_ms
+    route_ms = result.fit.decide_ms + float(np.median(encode_ms)) if len(encode_ms) else result.fit.decide_ms
     return {
-        "router": result.router,
+        "router": result.fit.router,
         "aggregator": result.aggregator,
         "top_k": result.top_k,
         **_estimate(result.score),
@@ -63,12 +63,12 @@ def _result(result: Result, evaluation: Evaluation, encode_ms: Array) -> dict[st
         "oracle_gap_closed": result.gap_closed,
         "mean_cost": mean_cost,
         "usd_per_1k": mean_cost * 1e3 if in_usd else None,
-        "pair": None if result.pair is None else _pair(result.pair, evaluation.setting.records.expert_ids),
-        "ece": None if result.calibration is None else result.calibration.ece,
-        "cost_curve": [list(point) for point in result.curve],
-        "fit_s": result.fit_s,
-        "decide_ms_p50": _percentile(result.decide_ms, 50),
-        "decide_ms_p99": _percentile(result.decide_ms, 99),
+        "pair": None if result.fit.pair is None else _pair(result.fit.pair, evaluation.setting.records.expert_ids),
+        "ece": None if result.fit.calibration is None else result.fit.calibration.ece,
+        "cost_curve": [list(point) for point in result.fit.curve],
+        "fit_s": result.fit.fit_s,
+        "decide_ms_p50": _percentile(result.fit.decide_ms, 50),
+        "decide_ms_p99": _percentile(result.fit.decide_ms, 99),
         "route_ms_p50": _percentile(route_ms, 50),
         "route_ms_p99": _percentile(route_ms, 99),
     }
