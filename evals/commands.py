@@ -4,10 +4,14 @@ import typer
 
 from evals.routing.command import routing
 
-app = typer.Typer(no_args_is_help=True, help="Measure: routers on recorded answers.")
+app = typer.Typer(no_args_is_help=True)
 app.command()(routing)
 
 
+# Without a callback typer would drop the word 'routing' while it is the only evaluation.
 @app.callback()
 def measure() -> None:
-    """Keeps 'routing' a word of the command line while it is the only evaluation."""
+    """Measure: routers on recorded answers.
+
+    Example: collegium eval routing --pool pools/mmlu-pro --router all --out report
+    """

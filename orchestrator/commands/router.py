@@ -9,7 +9,12 @@ import typer
 if TYPE_CHECKING:
     from routers.learned.artefact import Fitted
 
-app = typer.Typer(no_args_is_help=True, help="Fit a router on recorded answers; look at a fitted one.")
+_HELP = """Fit a router on recorded answers; look at a fitted one.
+
+Example: collegium router fit linear --pool pools/mmlu-pro --out artefacts/linear
+"""
+
+app = typer.Typer(no_args_is_help=True, help=_HELP)
 
 
 @app.command()

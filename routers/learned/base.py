@@ -67,18 +67,30 @@ def split_folds(count: int, seed: int, folds: int = FOLDS) -> list[tuple[Array, 
 
 def best_of(options: Sequence[Option], fit: Callable[[Training, Option], M], training: Training) -> Option:
     """The option whose choices score best on questions held out; the first of equals."""
-    return options[int(np.argmax(held_out_scores(options, fit, training)))]
+    return options[int(np.argmax(held_out_scores(options, fit, training).mean(axis=1)))]
+
+
+def simplest_of(options: Sequence[Option], fit: Callable[[Training, Option], M], training: Training) -> Option:
+    """The last option that is not clearly worse than the best: by less than a standard error, question by question.
+
+    Options are in the order of ever simpler models. Where choosing among many is mostly choosing noise, this keeps what
+    a questionable gain would cost.
+    """
+    scores_OQ = held_out_scores(options, fit, training)
+    deficits_OQ = scores_OQ[np.argmax(scores_OQ.mean(axis=1))] - scores_OQ
+    errors_O = deficits_OQ.std(axis=1) / deficits_OQ.shape[1] ** 0.5
+    return options[int(np.flatnonzero(deficits_OQ.mean(axis=1) <= errors_O)[-1])]
 
 
 def held_out_scores(options: Sequence[Option], fit: Callable[[Training, Option], M], training: Training) -> Array:
-    """Mean score of the expert chosen first, by option."""
-    sums = np.zeros(len(options))
+    """Score of the expert chosen first, by option and question; the question was held out of the fit."""
+    scores_OQ = np.zeros((len(options), len(training.questions)))
     for kept, held in split_folds(len(training.questions), training.seed):
         inner, asked = training.take(kept), training.questions.take(held)
         for number, option in enumerate(options):
             chosen = fit(inner, option).predict(asked).argmax(axis=1)
-            sums[number] += training.scores_QE[held, chosen].sum()
-    return sums / len(training.questions)
+            scores_OQ[number, held] = training.scores_QE[held, chosen]
+    return scores_OQ
 
 
 def shrunk(sums: Array, counts: Array, prior: Array, strength: float) -> Array:

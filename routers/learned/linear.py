@@ -1,7 +1,8 @@
-"""Ridge regression of every expert's score on embedding and task; all experts share one factorisation.
+"""Ridge regression of every expert's score on the embedding; all experts share one factorisation.
 
-The strength is chosen by cross-validation on who is picked, not on squared error. RouteDecisions read the prediction
-as a probability, so it is kept inside 0 to 1.
+It predicts what the task leaves open. Where the embedding says nothing, an expert's mean in the question's task
+remains, so that a strong ridge is the router 'task'. The strength is chosen by cross-validation on who is
+picked, not on squared error; the prediction is read as a probability and kept inside 0 to 1.
 """
 
 from dataclasses import dataclass
@@ -9,32 +10,35 @@ from typing import Self
 
 import numpy as np
 
-from routers.learned.base import Training, best_of
+from routers.learned.base import Training, simplest_of
+from routers.learned.task import Task
 from routers.questions import Design, Questions
 from routers.records import Array
 
-STRENGTHS = (300.0, 1000.0, 3000.0, 10_000.0, 30_000.0)
+STRENGTHS = (300.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 1e9)
+_PRIOR = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
     design: Design
     weights_DE: Array
-    mean_E: Array
+    task: Task
 
     @classmethod
     def fit(cls, training: Training) -> Self:
-        return cls.fit_with(training, best_of(STRENGTHS, cls.fit_with, training))
+        return cls.fit_with(training, simplest_of(STRENGTHS, cls.fit_with, training))
 
     @classmethod
     def fit_with(cls, training: Training, strength: float) -> Self:
         design = Design.fit(training.questions)
-        mean = training.scores_QE.mean(axis=0)
-        weights = ridge(design.features(training.questions), training.scores_QE - mean, strength)
-        return cls(design=design, weights_DE=weights, mean_E=mean)
+        task = Task.fit_with(training, _PRIOR)
+        left = training.scores_QE - task.predict(training.questions)
+        weights = ridge(design.features(training.questions), left, strength)
+        return cls(design=design, weights_DE=weights, task=task)
 
     def predict(self, questions: Questions) -> Array:
-        return np.clip(self.design.features(questions) @ self.weights_DE + self.mean_E, 0, 1)
+        return np.clip(self.design.features(questions) @ self.weights_DE + self.task.predict(questions), 0, 1)
 
 
 def ridge(inputs_QD: Array, targets_QE: Array, strength: float) -> Array:

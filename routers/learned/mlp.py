@@ -89,4 +89,5 @@ def _loss(weights: "list[Tensor]", x_QD: "Tensor", y_QE: "Tensor", dropout_QH: "
 def _random(generator: "Generator", rows: int, columns: int) -> "Tensor":
     import torch
 
-    return torch.randn(rows, columns, generator=generator) / rows**0.5
+    drawn: Tensor = torch.randn(rows, columns, generator=generator) / rows**0.5
+    return drawn

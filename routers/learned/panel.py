@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from routers.learned.base import Training, best_of
+from routers.learned.base import Training, simplest_of
 from routers.learned.linear import ridge
 from routers.questions import Design, Questions
 from routers.records import Array
@@ -62,7 +62,7 @@ Members = tuple[int, ...]
 
 
 def _strength(training: Training) -> float:
-    """Cross-validated on the panel's own votes: ``best_of`` with panels in the place of experts."""
+    """Cross-validated on the panel's own votes: panels stand in the place of experts."""
     members, votes = _best_panels(training)
     as_experts = Training(
         questions=training.questions,
@@ -71,7 +71,7 @@ def _strength(training: Training) -> float:
         costs_E=np.zeros(len(members)),
         seed=training.seed,
     )
-    return best_of(STRENGTHS, _Ridge.fit_with, as_experts)
+    return simplest_of(STRENGTHS, _Ridge.fit_with, as_experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
