@@ -43,7 +43,7 @@ def _single(expert: int, setting: Setting, note: str) -> Baseline:
 
 
 def _task_best(setting: Setting) -> Baseline:
-    means = Task.fit_with(setting.training, 0.0).predict(setting.asked)
+    means = Task.fit_with(setting.training, 0.0).predict(setting.told)
     return Baseline(outcome=_chosen(means.argmax(axis=1), setting), note="the best on train in the question's task")
 
 

@@ -22,6 +22,7 @@ MaxCalls = Annotated[int | None, typer.Option(min=1, help="Never more calls than
 AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines answers where top-k is above 1.")]
 Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
+Hide = Annotated[bool, typer.Option("--hide-tasks", help="Routers must guess the tasks of the test questions.")]
 Model = Annotated[str, typer.Option("--encoder", help="Encoder: its name or a folder.")]
 
 
@@ -37,6 +38,7 @@ def routing(
     seed: Seed = 0,
     out: Out = Path("routing-report"),
     encoder: Model = "all-minilm-l6-v2",
+    hide_tasks: Hide = False,
 ) -> None:
     """Fit routers on a pool's train split, and say whether they beat its best single expert on test.
 
@@ -47,7 +49,19 @@ def routing(
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     asyncio.run(
-        _run(console, pool, chosen, router, (train, test), _calls(top_k, max_calls), aggregator, seed, out, encoder)
+        _run(
+            console,
+            pool,
+            chosen,
+            router,
+            (train, test),
+            _calls(top_k, max_calls),
+            aggregator,
+            seed,
+            out,
+            encoder,
+            hide_tasks,
+        )
     )
 
 
@@ -74,6 +88,7 @@ async def _run(
     seed: int,
     out: Path,
     encoder_name: str,
+    hide_tasks: bool,
 ) -> None:
     from evals.routing import plots, report
     from evals.routing.bench import all_routers, evaluate
@@ -85,7 +100,7 @@ async def _run(
     for name in names:
         model_class(name)
     encoder = make_encoder(encoder_name, 1)
-    setting = await load(console, pool, experts, encoder, splits, seed)
+    setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
     with bars(console) as progress:
         progress.start("fitting routers", len(names), "bytes")
 
@@ -108,6 +123,7 @@ async def load(
     encoder: "Encoder",
     splits: tuple[str, str],
     seed: int,
+    hide_tasks: bool,
 ) -> "Setting":
     """The pool and the embeddings of its questions, with a bar for each."""
     from evals.routing.setting import make_setting
@@ -126,6 +142,7 @@ async def load(
             train=splits[0],
             test=splits[1],
             seed=seed,
+            hide_tasks=hide_tasks,
             on_batch=progress.advance,
         )
 

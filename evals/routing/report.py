@@ -29,6 +29,7 @@ def as_json(evaluation: Evaluation, encode_ms: Array) -> dict[str, Any]:
         "n_test": len(setting.test),
         "unanswered_test": int((~answered).sum()),
         "seed": setting.seed,
+        "tasks_told": not setting.hide_tasks,
         "cost_unit": setting.unit,
         "encode_ms_p50": _percentile(encode_ms, 50),
         "encode_ms_p99": _percentile(encode_ms, 99),
@@ -103,7 +104,8 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
         [
             f"# Routing on {report['pool']}: {len(report['experts'])} experts",
             "",
-            f"Fitted on {report['n_train']} questions, asked {report['n_test']} others; seed {report['seed']}. Scores "
+            f"Fitted on {report['n_train']} questions, asked {report['n_test']} others"
+            f"{'' if report['tasks_told'] else ', whose tasks routers are not told'}; seed {report['seed']}. Scores "
             f"in percent, with 95 % intervals by bootstrap over questions; the difference is paired, to the best "
             f"single expert on train. {report['unanswered_test']} answers are missing and score 0. "
             f"Cost: {COSTS[report['cost_unit']]}.",

@@ -13,7 +13,10 @@ from routers.records import Array, Records
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """``cost_QE`` is what each recorded answer cost, in ``unit``; ``train`` and ``test`` number questions."""
+    """``cost_QE`` is what each recorded answer cost, in ``unit``; ``train`` and ``test`` number questions.
+
+    With ``hide_tasks`` routers are not told the tasks of the test questions; the baselines still are.
+    """
 
     records: Records
     questions: Questions
@@ -22,6 +25,7 @@ class Setting:
     cost_QE: Array
     unit: str
     seed: int
+    hide_tasks: bool = False
 
     @property
     def costs_E(self) -> Array:
@@ -41,6 +45,12 @@ class Setting:
 
     @property
     def asked(self) -> Questions:
+        if not self.hide_tasks:
+            return self.told
+        return Questions(vectors_QW=self.told.vectors_QW, tasks=(None,) * len(self.test))
+
+    @property
+    def told(self) -> Questions:
         return self.questions.take(self.test)
 
     @property
@@ -58,6 +68,7 @@ async def make_setting(
     train: str,
     test: str,
     seed: int,
+    hide_tasks: bool = False,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Setting:
     """Raises ConfigError for a split that is empty or unknown."""
@@ -72,4 +83,5 @@ async def make_setting(
         cost_QE=cost,
         unit=unit,
         seed=seed,
+        hide_tasks=hide_tasks,
     )

@@ -198,6 +198,19 @@ def test_show_prints_what_a_router_is(run, run_fit, make_pool):
     assert "prices-expert" in found.output
 
 
+async def test_tasks_can_be_hidden_from_routers_but_not_from_the_baseline(make_pool, cache):
+    folder = make_pool(questions=400)
+    hidden = await setting_of(folder, cache, hide_tasks=True)
+    assert set(hidden.asked.tasks) == {None}
+    assert None not in hidden.training.questions.tasks
+    report = as_json(await evaluate(hidden, ["task"], top_ks=[1], aggregator="vote"), np.array([1.0]))
+    told = as_json(await evaluate(await setting_of(folder, cache), ["task"], top_ks=[1], aggregator="vote"), np.ones(1))
+    assert report["baselines"] == told["baselines"]
+    assert "not told" in as_markdown(report)
+    assert "not told" not in as_markdown(told)
+    assert report["results"][0]["score"] > report["baselines"]["best_single"]["score"] + 0.2, "texts show the task"
+
+
 def test_a_pool_is_embedded_once(run_fit, make_pool, cache, monkeypatch):
     pool = make_pool(questions=40)
     run_fit("task", pool)
