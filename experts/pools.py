@@ -87,28 +87,34 @@ class RecordedPool:
 
     def answers(self, expert_id: str) -> RecordedAnswers:
         """Raises ConfigError."""
-        if expert_id not in self.expert_ids:
-            known = ", ".join(self.expert_ids)
-            raise ConfigError(f"{self._folder / 'pool.json'} has no expert '{expert_id}'; known: {known}.")
-        path = self._folder / "responses" / f"{expert_id}.jsonl.gz"
         places = array("i", [-1]) * len(self._ids)
         answers: list[tuple[object, ...]] = []
         blocks: list[bytes] = []
-        for count, (place, row) in enumerate(_rows(path)):
-            question_id = _text(row, "id", place)
-            question = None if question_id is None else self._ids.get(question_id)
-            if question is None or places[question] >= 0:
-                raise ConfigError(f"{place}: question {question_id!r} is unknown, or was answered already.")
+        for count, (question, answer) in enumerate(self.read(expert_id)):
             places[question] = count
-            answers.append(_answer(row, place))
+            answers.append((answer.text, answer.answer, answer.score, answer.completion_chars, answer.usd))
             if len(answers) == _BLOCK:
                 blocks.append(_packed(answers))
                 answers = []
         return RecordedAnswers([*blocks, _packed(answers)], places)
 
+    def read(self, expert_id: str) -> Iterator[tuple[int, RecordedAnswer]]:
+        """One expert's answers in the file's order, each with the number of its question. Raises ConfigError."""
+        if expert_id not in self.expert_ids:
+            known = ", ".join(self.expert_ids)
+            raise ConfigError(f"{self._folder / 'pool.json'} has no expert '{expert_id}'; known: {known}.")
+        answered: set[int] = set()
+        for place, row in read_rows(self._folder / "responses" / f"{expert_id}.jsonl.gz"):
+            question_id = _text(row, "id", place)
+            question = None if question_id is None else self._ids.get(question_id)
+            if question is None or question in answered:
+                raise ConfigError(f"{place}: question {question_id!r} is unknown, or was answered already.")
+            answered.add(question)
+            yield question, _answer(row, place)
+
     def _index(self, path: Path) -> None:
         options: dict[int, list[str]] = {}
-        for place, row in _rows(path):
+        for place, row in read_rows(path):
             question_id, words = _text(row, "id", place), (_text(row, "question", place) or "").split()
             if question_id is None or question_id in self._ids:
                 raise ConfigError(f"{place}: the id {question_id!r} is missing or was given already.")
@@ -141,7 +147,7 @@ def _read_experts(path: Path) -> tuple[str, ...]:
     return tuple(expert_ids)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its place, for messages."""
     number = 0
     try:
@@ -165,12 +171,18 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _answer(row: dict[str, Any], place: str) -> tuple[object, ...]:
+def _answer(row: dict[str, Any], place: str) -> RecordedAnswer:
     score = _amount(row, "score", place)
     if score is None or score > 1:
         raise ConfigError(f"{place}: 'score' is a number from 0 to 1, got {row.get('score')!r}.")
-    chars, usd = _amount(row, "completion_chars", place), _amount(row, "usd", place)
-    return _text(row, "text", place), _text(row, "answer", place), score, chars, usd
+    chars = _amount(row, "completion_chars", place)
+    return RecordedAnswer(
+        text=_text(row, "text", place),
+        answer=_text(row, "answer", place),
+        score=score,
+        completion_chars=None if chars is None else int(chars),
+        usd=_amount(row, "usd", place),
+    )
 
 
 def _text(row: dict[str, Any], key: str, place: str) -> str | None:

@@ -23,6 +23,7 @@ from orchestrator.security import KeyRing
 from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder, MiniLM
+from routers.static import WordLlama
 
 FREE_ROUTERS = ("always", "random", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
@@ -94,7 +95,7 @@ def make_router(config: RouterConfig, experts: Mapping[str, Expert], encoder: Ca
 
 def make_encoder(model: str, cache_size: int) -> Encoder:
     """``model`` is its name or a folder. Loads nothing. Raises ConfigError when the model or its package is missing."""
-    return MiniLM(model=model, cache_size=cache_size)
+    return WordLlama() if model == WordLlama.NAME else MiniLM(model=model, cache_size=cache_size)
 
 
 def make_aggregator(config: AggregatorConfig) -> Aggregator:

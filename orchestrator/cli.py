@@ -15,6 +15,8 @@ COMMANDS = {
     "serve": "orchestrator.commands.serve:app",
     "ask": "orchestrator.commands.ask:app",
     "route": "orchestrator.commands.route:app",
+    "router": "orchestrator.commands.router:app",
+    "eval": "evals.commands:app",
 }
 
 

@@ -1,0 +1,17 @@
+"""collegium eval: measure on recorded answers. Each evaluation is a function here; its heavy imports are inside."""
+
+import typer
+
+from evals.routing.command import routing
+
+app = typer.Typer(no_args_is_help=True)
+app.command()(routing)
+
+
+# Without a callback typer would drop the word 'routing' while it is the only evaluation.
+@app.callback()
+def measure() -> None:
+    """Measure: routers on recorded answers.
+
+    Example: collegium eval routing --pool pools/mmlu-pro --router all --out report
+    """

@@ -1,0 +1,186 @@
+"""The command line of the routing benchmark."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evals.routing.bench import Evaluation
+    from evals.routing.setting import Setting
+    from routers.encoders import Encoder
+
+Pool = Annotated[Path, typer.Option("--pool", help="Folder of a recorded pool.")]
+Names = Annotated[str, typer.Option("--router", help="Routers, comma-separated, or 'all'.")]
+Experts = Annotated[str | None, typer.Option(help="Experts of the pool, comma-separated; all by default.")]
+Split = Annotated[str, typer.Option(help="A split of the pool.")]
+TopK = Annotated[str, typer.Option("--top-k", help="Experts asked a question; several, as in 1,3, cost no new fit.")]
+MaxCalls = Annotated[int | None, typer.Option(min=1, help="Never more calls than these.")]
+AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines answers where top-k is above 1.")]
+Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
+Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
+Hide = Annotated[bool, typer.Option("--hide-tasks", help="Routers must guess the tasks of the test questions.")]
+Model = Annotated[str, typer.Option("--encoder", help="Encoder: its name or a folder.")]
+
+
+def routing(
+    pool: Pool,
+    router: Names = "all",
+    experts: Experts = None,
+    train: Split = "train",
+    test: Split = "test",
+    top_k: TopK = "1",
+    max_calls: MaxCalls = None,
+    aggregator: AggregatorName = "weighted_vote",
+    seed: Seed = 0,
+    out: Out = Path("routing-report"),
+    encoder: Model = "all-minilm-l6-v2",
+    hide_tasks: Hide = False,
+) -> None:
+    """Fit routers on a pool's train split, and say whether they beat its best single expert on test.
+
+    Example: collegium eval routing --pool pools/mmlu-pro --router linear,panel --top-k 3 --out report
+    """
+    from orchestrator.commands.screen import make_console
+
+    console = make_console(stderr=True)
+    chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
+    asyncio.run(
+        _run(
+            console,
+            pool,
+            chosen,
+            router,
+            (train, test),
+            _calls(top_k, max_calls),
+            aggregator,
+            seed,
+            out,
+            encoder,
+            hide_tasks,
+        )
+    )
+
+
+def _calls(top_k: str, max_calls: int | None) -> list[int]:
+    try:
+        wanted = [int(k) for k in top_k.split(",")]
+    except ValueError as exc:
+        raise typer.BadParameter(
+            f"'{top_k}' is no number, nor several with commas between.", param_hint="--top-k"
+        ) from exc
+    if min(wanted) < 1:
+        raise typer.BadParameter("a question needs one call at least.", param_hint="--top-k")
+    return sorted({min(k, max_calls or k) for k in wanted})
+
+
+async def _run(
+    console: "Console",
+    pool: Path,
+    experts: list[str] | None,
+    router: str,
+    splits: tuple[str, str],
+    top_ks: list[int],
+    aggregator: str,
+    seed: int,
+    out: Path,
+    encoder_name: str,
+    hide_tasks: bool,
+) -> None:
+    from evals.routing import plots, report
+    from evals.routing.bench import all_routers, evaluate
+    from orchestrator.build import make_encoder
+    from orchestrator.commands.screen import bars
+    from routers.learned.artefact import model_class
+
+    names = all_routers() if router == "all" else [r.strip() for r in router.split(",") if r.strip()]
+    for name in names:
+        model_class(name)
+    encoder = make_encoder(encoder_name, 1)
+    setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
+    with bars(console) as progress:
+        progress.start("fitting routers", len(names), "bytes")
+
+        def tell(name: str) -> None:
+            progress.advance(1)
+            console.print(f"[dim]{name}[/]")
+
+        evaluation = await evaluate(setting, names, top_ks=top_ks, aggregator=aggregator, on_router=tell)
+    found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
+    report.write(found, out)
+    plots.draw(evaluation, out)
+    _show(evaluation, found)
+    console.print(f"[dim]report.json, report.md and the plots are in {out}[/]")
+
+
+async def load(
+    console: "Console",
+    pool: Path,
+    experts: list[str] | None,
+    encoder: "Encoder",
+    splits: tuple[str, str],
+    seed: int,
+    hide_tasks: bool,
+) -> "Setting":
+    """The pool and the embeddings of its questions, with a bar for each."""
+    from evals.routing.setting import make_setting
+    from experts.models import cache_dir
+    from orchestrator.commands.screen import bars
+    from routers.records import read_records
+
+    with bars(console) as progress:
+        progress.start(f"reading {pool.name}", None, "bytes")
+        records = read_records(pool, experts)
+        progress.start("embedding the questions (once)", len(records.texts), "bytes")
+        return await make_setting(
+            records,
+            encoder,
+            cache_dir() / "embeddings",
+            train=splits[0],
+            test=splits[1],
+            seed=seed,
+            hide_tasks=hide_tasks,
+            on_batch=progress.advance,
+        )
+
+
+async def encode_times_ms(encoder: "Encoder", setting: "Setting", count: int = 40) -> Any:
+    """One question at a time; the encoder remembers one text only."""
+    import time
+
+    import numpy as np
+
+    times = []
+    await encoder.encode(["the first text loads the model"])
+    for question in setting.test[:count]:
+        started = time.perf_counter()
+        await encoder.encode([setting.records.texts[int(question)]])
+        times.append((time.perf_counter() - started) * 1e3)
+    return np.array(times)
+
+
+def _show(evaluation: "Evaluation", found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from orchestrator.commands.screen import make_console
+
+    table = Table("", "score", "ci95", "difference", "calls", "", box=None)
+    for name, b in found["baselines"].items():
+        table.add_row(name, *_cells(b), b.get("expert", ""), style="dim")
+    for r in found["results"]:
+        who = r["router"] if r["top_k"] == 1 else f"{r['router']}, {r['top_k']} calls"
+        table.add_row(who, *_cells(r), r["verdict"], style="green" if r["verdict"] == "helps" else "")
+    make_console(stderr=False).print(table)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    low, high = row["ci95"]
+    return (
+        f"{row['score'] * 100:.1f}",
+        f"{low * 100:.1f} to {high * 100:.1f}",
+        f"{row['difference']['value'] * 100:+.1f}",
+        f"{row['mean_calls']:.2f}",
+    )

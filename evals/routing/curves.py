@@ -1,0 +1,76 @@
+"""Cost against quality.
+
+Two experts, strong and weak: how the score grows with the share of questions that the strong one gets (RouteLLM's
+curve). APGR is the mean share of the gap that is recovered over all shares; the random mix has 0.5.
+All experts: the one with the best ``score - price x cost``, for a sweep of prices.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from routers.records import Array
+
+PRICES = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCurve:
+    """``scores`` at 0, 1, 2 ... questions sent to the strong expert."""
+
+    strong: int
+    weak: int
+    scores: Array
+    oracle: Array
+
+    @property
+    def gap(self) -> float:
+        return float(self.scores[-1] - self.scores[0])
+
+    @property
+    def area(self) -> float:
+        return _area(self.scores)
+
+    @property
+    def apgr(self) -> float | None:
+        return None if self.gap <= 0 else (self.area - float(self.scores[0])) / self.gap
+
+    @property
+    def beyond_random(self) -> float | None:
+        """0 for the random mix, 1 for an oracle that knows whom each question needs."""
+        random = float(self.scores[0] + self.scores[-1]) / 2
+        room = _area(self.oracle) - random
+        return None if room <= 0 else (self.area - random) / room
+
+    def calls_for(self, share: float) -> float | None:
+        """The smallest share of strong calls that recovers ``share`` of the gap."""
+        if self.gap <= 0:
+            return None
+        reached = np.flatnonzero(self.scores >= self.scores[0] + share * self.gap)
+        return None if not len(reached) else float(reached[0]) / (len(self.scores) - 1)
+
+
+def pair_curve(predicted_QE: Array, scores_QE: Array, strong: int, weak: int) -> PairCurve:
+    margin = predicted_QE[:, strong] - predicted_QE[:, weak]
+    gain = scores_QE[:, strong].astype(np.float64) - scores_QE[:, weak]
+    base = float(scores_QE[:, weak].mean(dtype=np.float64))
+    return PairCurve(strong=strong, weak=weak, scores=_sent(margin, gain, base), oracle=_sent(gain, gain, base))
+
+
+def _sent(margin: Array, gain: Array, base: float) -> Array:
+    order = np.argsort(-margin, kind="stable")
+    grown: Array = base + np.concatenate([[0.0], np.cumsum(gain[order])]) / len(gain)
+    return grown
+
+
+def _area(scores: Array) -> float:
+    return float((scores[1:] + scores[:-1]).mean() / 2)
+
+
+def cost_curve(predicted_QE: Array, scores_QE: Array, cost_QE: Array, costs_E: Array) -> list[tuple[float, float]]:
+    """(mean cost, mean score) for each price, from free to so dear that the cheapest answers all."""
+    rows = np.arange(len(scores_QE))
+    spread = max(float(np.ptp(predicted_QE)), 1e-9) / max(float(np.ptp(costs_E)), 1e-12)
+    prices = [0.0, *(spread * np.geomspace(1e-3, 1e3, PRICES))]
+    chosen = [(predicted_QE - price * costs_E).argmax(axis=1) for price in prices]
+    return [(float(cost_QE[rows, c].mean()), float(scores_QE[rows, c].mean(dtype=np.float64))) for c in chosen]

@@ -1,0 +1,93 @@
+"""Answers as the service would give them: decisions, the recorded completions, and the service's own aggregator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.routing.setting import Setting
+from experts.errors import ConfigError
+from experts.types import Completion, Request
+from orchestrator.aggregators.base import Aggregator
+from orchestrator.build import make_aggregator
+from orchestrator.config import AggregatorConfig
+from routers.base import RouteDecision
+from routers.records import Array
+
+VOTES = ("vote", "weighted_vote")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """By question of the test split: the score of the answer given, the calls made and what they cost."""
+
+    scores: Array
+    calls: Array
+    costs: Array
+
+
+def aggregator_for(name: str, setting: Setting) -> Aggregator:
+    """Answers are recorded as they were parsed, so votes compare them as they are. Raises ConfigError."""
+    if name in VOTES and (setting.records.answers_QE[setting.test] < 0).all():
+        raise ConfigError(
+            f"Pool '{setting.records.name}' has scores only and no parsed answers: nothing can be voted on."
+        )
+    options = {"extract": "text"} if name in VOTES else {}
+    return make_aggregator(AggregatorConfig(name=name, options=options))
+
+
+def take_first(predicted_QE: Array, setting: Setting) -> Outcome:
+    """One call: the expert with the best score."""
+    rows, chosen = np.arange(len(setting.test)), predicted_QE.argmax(axis=1)
+    return Outcome(
+        scores=setting.scores_QE[rows, chosen],
+        calls=np.ones(len(rows)),
+        costs=setting.cost_QE[setting.test][rows, chosen],
+    )
+
+
+async def ask(predicted_QE: Array, setting: Setting, aggregator: Aggregator, top_k: int) -> Outcome:
+    """The ``top_k`` best-scored experts of each question, through the aggregator."""
+    top_k = min(top_k, predicted_QE.shape[1])
+    if aggregator.takes_one or top_k == 1:
+        return take_first(predicted_QE, setting)
+    ranked = np.argsort(-predicted_QE, axis=1, kind="stable")[:, :top_k]
+    scores = [
+        await _answer(int(q), row, predicted_QE[i], setting, aggregator)
+        for i, (q, row) in enumerate(zip(setting.test, ranked, strict=True))
+    ]
+    costs = np.take_along_axis(setting.cost_QE[setting.test], ranked, axis=1).sum(axis=1)
+    return Outcome(scores=np.array(scores), calls=np.full(len(ranked), float(top_k)), costs=costs)
+
+
+async def _answer(question: int, ranked: Array, predicted: Array, setting: Setting, aggregator: Aggregator) -> float:
+    records = setting.records
+    ids = records.expert_ids
+    candidates = RouteDecision(
+        expert_ids=(), weights=(), scores=dict(zip(ids, map(float, predicted), strict=True)), reason="", router=""
+    )
+    decision = candidates.top(len(ranked))
+    request = Request(
+        request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": setting.seed}
+    )
+    completions = [_completion(question, int(e), setting) for e in ranked]
+    winner = await aggregator.aggregate(request, decision, completions)
+    return float(records.scores_QE[question, ids.index(winner.expert_id)])
+
+
+def _completion(question: int, expert: int, setting: Setting) -> Completion:
+    records = setting.records
+    code = int(records.answers_QE[question, expert])
+    return Completion(
+        request_id=records.question_ids[question],
+        expert_id=records.expert_ids[expert],
+        text=records.answer_texts[code] if code >= 0 else "",
+    )
+
+
+def fixed(order: Sequence[int], setting: Setting) -> Array:
+    """Equal scores but for the order, the same for every question: an unweighted panel."""
+    row = np.zeros(len(setting.records.expert_ids))
+    for place, expert in enumerate(order):
+        row[expert] = 1 - 1e-6 * place
+    return np.repeat(row[None], len(setting.test), axis=0)

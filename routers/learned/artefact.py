@@ -1,0 +1,128 @@
+"""A fitted router on disk: model.safetensors, and router.json with everything that is not an array.
+
+router.json also says what it was fitted on: the pool and its hash, the experts in the order of the columns, the encoder
+and its width. Never pickle: loading runs no code of the file's.
+"""
+
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+import orjson
+
+from experts.errors import ConfigError
+from routers.learned import MODELS
+from routers.learned.base import Model
+from routers.records import Array
+
+VERSION = 1
+HEAD, BODY = "router.json", "model.safetensors"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A model, and what it was fitted on."""
+
+    name: str
+    model: Model
+    expert_ids: tuple[str, ...]
+    pool: str
+    pool_digest: str
+    encoder: str
+    width: int
+    questions: int
+    seed: int
+
+
+def model_class(name: str) -> type[Model]:
+    if name not in MODELS:
+        raise ConfigError(f"No learned router '{name}'; known: {', '.join(MODELS)}.")
+    module, _, attribute = MODELS[name].partition(":")
+    found: type[Model] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def save(fitted: Fitted, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, Array] = {}
+    plain: dict[str, Any] = {}
+    _pack(fitted.model, "", arrays, plain)
+    head = {f.name: getattr(fitted, f.name) for f in fields(fitted) if f.name != "model"}
+    about = {
+        "version": VERSION,
+        **head,
+        "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": plain,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / BODY)
+        (folder / HEAD).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+    except OSError as exc:
+        raise ConfigError(f"Cannot write the router to {folder}: {exc.strerror or exc}.") from exc
+
+
+def load(folder: Path) -> Fitted:
+    """Raises ConfigError when the artefact is missing, broken, or of another version."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    about = read_head(folder)
+    try:
+        arrays = load_file(folder / BODY)
+        cls = model_class(about["name"])
+        model = _unpack(cls, "", arrays, about["model"])
+        head = {f.name: about[f.name] for f in fields(Fitted) if f.name != "model"}
+    except (OSError, SafetensorError, KeyError, TypeError) as exc:
+        raise ConfigError(f"The router in {folder} is broken ({exc!r}); fit it again: {_AGAIN}") from exc
+    return Fitted(**{**head, "expert_ids": tuple(head["expert_ids"])}, model=model)
+
+
+def read_head(folder: Path) -> Mapping[str, Any]:
+    path = folder / HEAD
+    try:
+        about = orjson.loads(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"No fitted router in {folder} ({path.name}: {exc.strerror}); make one: {_AGAIN}") from exc
+    except orjson.JSONDecodeError as exc:
+        raise ConfigError(f"{path} is not JSON: {exc}. Fit it again: {_AGAIN}") from exc
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        found = about.get("version") if isinstance(about, dict) else None
+        raise ConfigError(f"{path} is of version {found!r}, this collegium reads {VERSION}; fit it again: {_AGAIN}")
+    return about
+
+
+_AGAIN = "collegium router fit NAME --pool DIR --out DIR"
+
+
+def _pack(thing: object, prefix: str, arrays: dict[str, Array], plain: dict[str, Any]) -> None:
+    assert is_dataclass(thing)  # noqa: S101  # a model is one, by its contract
+    for f in fields(thing):
+        key, value = f"{prefix}{f.name}", getattr(thing, f.name)
+        if isinstance(value, np.ndarray):
+            arrays[key] = value
+        elif is_dataclass(value):
+            _pack(value, f"{key}.", arrays, plain)
+        else:
+            plain[key] = value
+
+
+def _unpack(cls: type[T], prefix: str, arrays: Mapping[str, Array], plain: Mapping[str, Any]) -> T:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for f in fields(cls):  # type: ignore[arg-type]  # a model is a dataclass, by its contract
+        key, hint = f"{prefix}{f.name}", hints[f.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            values[f.name] = _unpack(hint, f"{key}.", arrays, plain)
+        elif key in arrays:
+            values[f.name] = arrays[key]
+        else:
+            value = plain[key]
+            values[f.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

@@ -1,0 +1,52 @@
+"""From a recorded pool to a fitted router, and a fitted router in words."""
+
+from pathlib import Path
+
+import numpy as np
+
+from routers.costs import costs
+from routers.encoders import Encoder
+from routers.learned.artefact import Fitted, model_class
+from routers.learned.base import Training
+from routers.questions import Questions, embed
+from routers.records import Records
+
+
+async def fit_router(name: str, records: Records, encoder: Encoder, cache: Path, *, split: str, seed: int) -> Fitted:
+    """Learns from ``split`` only. Raises ConfigError."""
+    rows, model = records.rows(split), model_class(name)
+    # Embedded whole: an evaluation of the same pool then finds them in the cache.
+    vectors = await embed(encoder, records.texts, cache)
+    training = Training(
+        questions=Questions(vectors_QW=vectors, tasks=records.tasks).take(rows),
+        scores_QE=records.scores_QE[rows],
+        answers_QE=records.answers_QE[rows],
+        costs_E=costs(records)[0][rows].mean(axis=0),
+        seed=seed,
+    )
+    return Fitted(
+        name=name,
+        model=model.fit(training),
+        expert_ids=records.expert_ids,
+        pool=records.name,
+        pool_digest=records.digest,
+        encoder=encoder.name,
+        width=encoder.width,
+        questions=len(rows),
+        seed=seed,
+    )
+
+
+def describe(fitted: Fitted) -> str:
+    """Where it comes from, and what it expects of each expert for a question about nothing in particular."""
+    nothing = Questions(vectors_QW=np.zeros((1, fitted.width), np.float32), tasks=(None,))
+    row = fitted.model.predict(nothing)[0]
+    order = np.argsort(-row, kind="stable")
+    lines = [
+        f"router    {fitted.name}",
+        f"learned   {fitted.questions} questions of {fitted.pool} ({fitted.pool_digest[:12]}), seed {fitted.seed}",
+        f"encoder   {fitted.encoder}, {fitted.width} wide",
+        f"experts   {len(fitted.expert_ids)}; scores of a question about nothing in particular:",
+        *(f"  {row[e]:7.3f}  {fitted.expert_ids[e]}" for e in order),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""From a pool on disk to a report, with the static encoder."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from evals.routing.bench import evaluate
+from evals.routing.report import as_json, as_markdown
+from evals.routing.setting import make_setting
+from evals.routing.votes import ask
+from experts.errors import ConfigError
+from experts.types import ExpertSpec, Request
+from orchestrator.cli import app
+from routers.base import RouterParts
+from routers.learned.router import linear
+from routers.records import read_records
+from routers.static import WordLlama
+
+RESULT_KEYS = {
+    "router",
+    "aggregator",
+    "top_k",
+    "score",
+    "ci95",
+    "mean_calls",
+    "oracle_gap_closed",
+    "usd_per_1k",
+    "fit_s",
+    "route_ms_p50",
+    "route_ms_p99",
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(cache):
+    return lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+
+
+async def setting_of(folder, cache, **options):
+    return await make_setting(read_records(folder), WordLlama(), cache, train="train", test="test", seed=0, **options)
+
+
+async def evaluated(folder, cache, routers, **options):
+    options = {"top_ks": [1], "aggregator": "weighted_vote", **options}
+    evaluation = await evaluate(await setting_of(folder, cache), routers, **options)
+    return evaluation, as_json(evaluation, np.array([1.0, 2.0]))
+
+
+def without_times(report):
+    results = [{k: v for k, v in r.items() if "_ms" not in k and k != "fit_s"} for r in report["results"]]
+    return {**report, "results": results}
+
+
+async def test_a_router_that_knows_the_skills_helps_and_says_so(make_pool, cache):
+    _, report = await evaluated(make_pool(questions=400), cache, ["linear"])
+    (result,) = report["results"]
+    best = report["baselines"]["best_single"]
+    assert set(result) >= RESULT_KEYS
+    assert result["score"] > best["score"] + 0.2
+    assert result["verdict"] == "helps"
+    assert result["oracle_gap_closed"] > 0.5
+    assert result["difference"]["value"] == pytest.approx(result["score"] - best["score"])
+    assert result["difference"]["ci95"][0] > 0
+    assert {"best_single", "best_single_hindsight", "task_best", "random", "majority_vote", "oracle"} <= set(
+        report["baselines"]
+    )
+    assert report["baselines"]["oracle"]["score"] >= max(b["score"] for b in report["baselines"].values())
+
+
+async def test_a_router_without_anything_to_learn_does_not_help(make_pool, cache):
+    _, report = await evaluated(make_pool(questions=400, skilled=0.5, other=0.5), cache, ["linear", "task"])
+    assert [r["verdict"] for r in report["results"]] == ["does not help"] * 2
+    assert "does not help" in as_markdown(report)
+
+
+async def test_the_same_seed_gives_the_same_report(make_pool, cache):
+    folder = make_pool(questions=120)
+    routers = ["linear", "cluster", "choice", "panel"]
+    first, second = [(await evaluated(folder, cache, routers, top_ks=[1, 3]))[1] for _ in range(2)]
+    assert without_times(first) == without_times(second)
+
+
+async def test_test_answers_are_not_learned_from(make_pool, cache):
+    """Swap the answers of the test split: predictions stay what they were."""
+    setting = await setting_of(make_pool(questions=120), cache)
+    before = (await evaluate(setting, ["linear"], top_ks=[1], aggregator="vote")).fits[0].predicted
+    setting.records.scores_QE[setting.test] = 1 - setting.records.scores_QE[setting.test]
+    after = (await evaluate(setting, ["linear"], top_ks=[1], aggregator="vote")).fits[0].predicted
+    assert (before == after).all()
+
+
+async def test_several_calls_vote_with_the_services_own_aggregator(make_pool, cache):
+    evaluation, report = await evaluated(make_pool(questions=400), cache, ["linear"], top_ks=[1, 4], aggregator="vote")
+    one, four = report["results"]
+    assert (one["mean_calls"], four["mean_calls"]) == (1.0, 4.0)
+    assert four["aggregator"] == "vote"
+    # The same four voters; only ties fall otherwise, to the expert that the router trusts most.
+    assert four["score"] >= report["baselines"]["majority_vote"]["score"]
+    assert len(evaluation.fits) == 1
+
+
+async def test_a_vote_elects_the_answer_that_most_give(make_pool, cache):
+    from evals.routing.votes import aggregator_for
+
+    setting = await setting_of(make_pool(questions=40), cache)
+    records, question = setting.records, int(setting.test[0])
+    records.answers_QE[question] = [0, 1, 1, -1]
+    records.scores_QE[question] = [0, 1, 1, 0]
+    predicted = np.tile([0.9, 0.2, 0.1, 0.0], (len(setting.test), 1))
+    vote = await ask(predicted, setting, aggregator_for("vote", setting), 3)
+    weighted = await ask(predicted, setting, aggregator_for("weighted_vote", setting), 3)
+    assert (vote.scores[0], weighted.scores[0]) == (1.0, 0.0)
+
+
+async def test_votes_need_parsed_answers(make_pool, cache):
+    setting = await setting_of(make_pool(questions=40), cache)
+    setting.records.answers_QE[:] = -1
+    with pytest.raises(ConfigError, match="no parsed answers"):
+        await evaluate(setting, ["linear"], top_ks=[3], aggregator="vote")
+    one = await evaluate(setting, ["linear"], top_ks=[1], aggregator="vote")
+    assert "majority_vote" not in one.baselines
+
+
+def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
+    out = tmp_path / "out"
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=120), "--router", "task,linear", "--encoder", "wordllama",
+        "--top-k", "1,3", "--out", out,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    report = json.loads((out / "report.json").read_text())
+    assert [(r["router"], r["top_k"]) for r in report["results"]] == [
+        ("task", 1),
+        ("task", 3),
+        ("linear", 1),
+        ("linear", 3),
+    ]
+    assert "best_single" in (out / "report.md").read_text()
+    for name in ("scores", "cost", "pair", "reliability"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--router", "nonsense"], 1, "No learned router 'nonsense'"),
+        (["--test", "val"], 1, "split 'val' is empty"),
+        (["--experts", "law-expert,nobody"], 1, "no expert 'nobody'"),
+        (["--top-k", "many"], 2, "--top-k"),
+    ],
+)
+def test_mistakes_are_named(run, make_pool, tmp_path, words, code, message):
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=40), "--encoder", "wordllama", "--out", tmp_path / "o", *words
+    )
+    assert found.exit_code == code
+    assert message in found.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_router_fitted_by_the_command_routes_in_a_service(run_fit, make_pool):
+    folder = run_fit("linear", make_pool(questions=240))
+    specs = [ExpertSpec(expert_id=e, engine_id="x") for e in ("mine", "law-expert", "new")]
+    experts = {s.expert_id: type("Expert", (), {"spec": s})() for s in specs}
+    parts = RouterParts(encoder=lambda: WordLlama(), experts=experts, artefact=folder)
+    router = linear(parts, names={"mine": "cells-expert"})
+    requests = [Request(prompt="the membrane of a living cell number 7"), Request(prompt="the court and the contract")]
+    first, second = asyncio.run(router.route(requests, specs))
+    assert (first.expert_ids, second.expert_ids) == (("mine",), ("law-expert",))
+    assert first.scores["new"] == min(first.scores.values())
+    assert "fitted on 120 questions of toy" in first.reason
+
+
+@pytest.fixture
+def run_fit(run, tmp_path):
+    def fit(name, pool):
+        found = run("router", "fit", name, "--pool", pool, "--out", tmp_path / name, "--encoder", "wordllama")
+        assert found.exit_code == 0, found.output
+        return tmp_path / name
+
+    return fit
+
+
+def test_show_prints_what_a_router_is(run, run_fit, make_pool):
+    found = run("router", "show", run_fit("factor", make_pool(questions=120)))
+    assert found.exit_code == 0, found.output
+    assert "60 questions of toy" in found.output
+    assert "wordllama, 256 wide" in found.output
+    assert "prices-expert" in found.output
+
+
+async def test_tasks_can_be_hidden_from_routers_but_not_from_the_baseline(make_pool, cache):
+    folder = make_pool(questions=400)
+    hidden = await setting_of(folder, cache, hide_tasks=True)
+    assert set(hidden.asked.tasks) == {None}
+    assert None not in hidden.training.questions.tasks
+    report = as_json(await evaluate(hidden, ["task"], top_ks=[1], aggregator="vote"), np.array([1.0]))
+    told = as_json(await evaluate(await setting_of(folder, cache), ["task"], top_ks=[1], aggregator="vote"), np.ones(1))
+    assert report["baselines"] == told["baselines"]
+    assert "not told" in as_markdown(report)
+    assert "not told" not in as_markdown(told)
+    assert report["results"][0]["score"] > report["baselines"]["best_single"]["score"] + 0.2, "texts show the task"
+
+
+def test_a_pool_is_embedded_once(run_fit, make_pool, cache, monkeypatch):
+    pool = make_pool(questions=40)
+    run_fit("task", pool)
+    monkeypatch.setattr(WordLlama, "encode", lambda *_: pytest.fail("these texts are in the cache"))
+    run_fit("knn", pool)
+
+
+def test_a_service_with_a_fitted_router(run, run_fit, make_pool, tmp_path):
+    folder = run_fit("stack", make_pool(questions=120))
+    config = tmp_path / "collegium.yaml"
+    config.write_text(
+        "encoder: {model: wordllama}\n"
+        "engines: {e: {backend: fake}}\n"
+        "experts: {law-expert: {engine: e}, cells-expert: {engine: e}}\n"
+        f"policies: {{default: {{router: {{name: stack, artefact: {folder}}}}}}}\n"
+    )
+    found = run("route", "the membrane of a living cell", "-c", config, "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.output)["expert_ids"] == ["cells-expert"]

@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+
+from experts.errors import ConfigError
+from experts.types import ExpertSpec
+from routers.base import RouterParts
+from routers.learned import MODELS, artefact
+from routers.learned.artefact import Fitted, model_class
+from routers.learned.base import Training
+from routers.learned.router import knn, linear
+from routers.questions import Questions
+
+
+def training(size=120, width=8):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(size, width)).astype(np.float32)
+    return Training(
+        questions=Questions(vectors_QW=vectors, tasks=tuple("ab"[i % 2] for i in range(size))),
+        scores_QE=(rng.random((size, 3)) < 0.5).astype(np.float32),
+        answers_QE=rng.integers(0, 4, (size, 3)).astype(np.int32),
+        costs_E=np.array([1.0, 2.0, 3.0]),
+    )
+
+
+def fitted(name):
+    return Fitted(
+        name=name,
+        model=model_class(name).fit(training()),
+        expert_ids=("one", "two", "three"),
+        pool="toy",
+        pool_digest="0" * 64,
+        encoder="tiny",
+        width=8,
+        questions=120,
+        seed=0,
+    )
+
+
+class Tiny:
+    name, width = "tiny", 8
+
+
+def parts(folder, *served, encoder=Tiny):
+    experts = {e: type("Expert", (), {"spec": ExpertSpec(expert_id=e, engine_id="x")})() for e in served}
+    return RouterParts(encoder=encoder, experts=experts, artefact=folder)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_router_that_was_saved_predicts_as_before(name, tmp_path):
+    before = fitted(name)
+    artefact.save(before, tmp_path / "made" / "here")
+    after = artefact.load(tmp_path / "made" / "here")
+    asked = training().questions
+    assert (before.model.predict(asked) == after.model.predict(asked)).all()
+    assert (after.name, after.expert_ids, after.pool_digest) == (name, before.expert_ids, before.pool_digest)
+    assert sorted(p.name for p in (tmp_path / "made" / "here").iterdir()) == ["model.safetensors", "router.json"]
+
+
+def test_a_router_must_be_fitted_first():
+    with pytest.raises(ConfigError, match="collegium router fit linear"):
+        linear(parts(None, "one"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.update(version=99), "version 99"),
+        (lambda head: head["model"].clear(), "is broken"),
+        (lambda head: head.update(name="nonsense"), "No learned router 'nonsense'"),
+        (lambda head: head.pop("expert_ids"), "is broken"),
+    ],
+)
+def test_an_artefact_of_another_kind_is_refused(change, message, tmp_path):
+    artefact.save(fitted("knn"), tmp_path)
+    head = json.loads((tmp_path / "router.json").read_text())
+    change(head)
+    (tmp_path / "router.json").write_text(json.dumps(head))
+    with pytest.raises(ConfigError, match=message):
+        artefact.load(tmp_path)
+
+
+def test_files_that_are_missing_or_cut_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="No fitted router"):
+        artefact.load(tmp_path)
+    artefact.save(fitted("linear"), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="is broken"):
+        artefact.load(tmp_path)
+    (tmp_path / "router.json").write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        artefact.load(tmp_path)
+
+
+def test_a_service_that_does_not_fit_the_artefact_is_told_why(tmp_path):
+    artefact.save(fitted("linear"), tmp_path)
+    with pytest.raises(ConfigError, match="holds a router 'linear', not 'knn'"):
+        knn(parts(tmp_path, "one"))
+    with pytest.raises(ConfigError, match=r"'tiny' \(8 wide\), the service's encoder is 'wide'"):
+        linear(parts(tmp_path, "one", encoder=lambda: type("Wide", (), {"name": "wide", "width": 99})()))
+    with pytest.raises(ConfigError, match="knows none of the experts mine"):
+        linear(parts(tmp_path, "mine"))
+    with pytest.raises(ConfigError, match=r"maps to \['four'\]"):
+        linear(parts(tmp_path, "mine"), names={"mine": "four"})
+    with pytest.raises(ConfigError, match=r"maps \['yours'\]"):
+        linear(parts(tmp_path, "mine"), names={"yours": "one"})
