@@ -3,13 +3,15 @@
 Legend: T tokens, P rows (one a pair, sorted by expert), D width, E experts, F expert width, G = 2F.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from collegium_kernels.backends import ExpertWeights, Runner
 from collegium_kernels.ragged import ByExpert, Routing, by_expert
-from collegium_kernels.steady import segment_sum, steady_mm
+from collegium_kernels.steady import segment_sum, steady_map, steady_mm
 
 
 def dispatch(x_TD: Tensor, rows: ByExpert) -> Tensor:
@@ -24,7 +26,7 @@ def run_experts(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_
     bounds = indptr_E1.tolist()
     parts = [
         _swiglu(x_PD[start:end], w_gate_up_EGD[e], w_down_EDF[e])
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for e, (start, end) in enumerate(pairwise(bounds))
         if end > start
     ]
     parts.append(x_PD.new_zeros(x_PD.shape[0] - bounds[-1], w_down_EDF.shape[1]))
@@ -48,7 +50,7 @@ def add_cheap_experts(y_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
 
 def _swiglu(x_RD: Tensor, w_gate_up_GD: Tensor, w_down_DF: Tensor) -> Tensor:
     gate_RF, up_RF = steady_mm(x_RD, w_gate_up_GD).chunk(2, dim=1)
-    return steady_mm(functional.silu(gate_RF) * up_RF, w_down_DF)
+    return steady_mm(steady_map(functional.silu, gate_RF) * up_RF, w_down_DF)
 
 
 def _run_on_cuda(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_E1: Tensor) -> Tensor:

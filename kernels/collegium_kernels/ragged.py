@@ -1,9 +1,10 @@
 """Ragged dispatch: which token goes to which expert, as compressed sparse rows, both ways.
 
-Legend: T tokens, K slots of a rectangular top-k, P (token, expert) pairs, E experts, D width. ``_T1`` has T + 1 entries.
+Legend: T tokens, K slots of a rectangular top-k, P (token, expert) pairs, E experts, D width.
+``_T1`` has T + 1 entries.
 
-Ids outside [0, E) are not experts. Null and zero experts are such ids, and so never become rows of a GEMM. The weight of
-identity experts is gathered in ``copy_T`` and costs one multiplication a token.
+Ids outside [0, E) are not experts. Null and zero experts are such ids, and so never become rows of a GEMM. The weight
+of identity experts is gathered in ``copy_T`` and costs one multiplication a token.
 """
 
 from collections.abc import Collection

@@ -1,27 +1,28 @@
-"""What a gate is: tokens in, a routing out. One file in this folder holds one gate.
+"""What a gate is: tokens in, a routing out. One file in this folder holds one gate and its card.
 
-Legend: T tokens, D width, E experts, P pairs.
+Legend: T tokens, D width, E experts, K slots, S state, P pairs.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Literal, Protocol
 
 import torch
-from collegium_kernels.ragged import Routing
-from collegium_kernels.steady import steady_mm
 from torch import Tensor, nn
+
+from collegium_kernels.ragged import Routing, from_topk
+from collegium_kernels.steady import steady_mm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """A gate in one line of docs/gates.md. ``cost`` is in multiplications a token, beyond the experts."""
+    """One line of docs/gates.md. ``cost`` counts multiplications a token beside those of the experts."""
 
     title: str
     source: str
     k: str
     cost: str
     batch_dependent: bool = False
-    kind: str = "gate"
+    kind: Literal["gate", "layer", "loss", "decoding"] = "gate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,8 @@ class Routed:
 
 
 class Gate(Protocol):
-    """Every gate is an nn.Module with a card."""
+    """Every gate is an nn.Module with this call."""
 
-    card: ClassVar[Card]
     num_experts: int
 
     def __call__(self, x_TD: Tensor, context: Context) -> Routed: ...
@@ -55,8 +55,6 @@ class Gate(Protocol):
 
 class LinearGate(nn.Module):
     """A base for gates that score with one matrix, in fp32 whatever the tokens are in."""
-
-    card: ClassVar[Card]
 
     def __init__(self, width: int, num_experts: int, num_scores: int | None = None) -> None:
         super().__init__()
@@ -67,12 +65,26 @@ class LinearGate(nn.Module):
         return steady_mm(x_TD.float(), self.weight_ED.float())
 
 
-def no_loss(x_TD: Tensor) -> Tensor:
+def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores and their ids, highest first. Ties go to the lowest id, on every device."""
+    ordered = torch.sort(scores_TE, dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def top_k(scores_TE: Tensor, k: int, *, num_experts: int | None = None, renormalise: bool = False) -> Routing:
+    """A routing to the k best, weighted by their scores."""
+    weights_TK, ids_TK = best(scores_TE, k)
+    if renormalise:
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+    return from_topk(ids_TK, weights_TK, num_experts=num_experts or scores_TE.shape[1])
+
+
+def zero(x_TD: Tensor) -> Tensor:
     return torch.zeros((), device=x_TD.device)
 
 
 def needed(value: Tensor | None, name: str) -> Tensor:
     """The context's tensor, or an error that names it."""
     if value is None:
-        raise ValueError(f"this gate reads context.{name}, which is None")
+        raise ValueError(f"this gate reads Context.{name}, which is None")
     return value
