@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from collegium_kernels import gates
 from collegium_kernels.gates.base import Context, Routed
 from collegium_kernels.gates.table import table
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
 from collegium_kernels.ragged import check_routing
 from collegium_kernels.reference import reference_moe, swiglu
+from torch import nn
 
 D, E, F, V = 12, 8, 6, 50
 NEED_TOKEN_IDS = {"stable_moe", "hash", "read_me", "mowe", "mask_moe"}
