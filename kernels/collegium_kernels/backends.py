@@ -15,6 +15,7 @@ Runner = Callable[[Tensor, Routing], Tensor]
 
 # In the order in which they are tried.
 BACKENDS = {
+    "cpu": "collegium_kernels.cpu.backend:CpuBackend",
     "torch": "collegium_kernels.grouped:TorchBackend",
     "reference": "collegium_kernels.reference:ReferenceBackend",
 }
@@ -45,8 +46,8 @@ class ExpertWeights:
         require(down.device == gate_up.device, "w_down_EDF", down, f"the device of w_gate_up_EGD, {gate_up.device}")
         if self.precision not in ("native", "int8", "int4"):
             raise KernelInputError(f"precision '{self.precision}' is not one of native, int8, int4.")
-        if self.precision != "native" and self.group not in (32, 64, 128):
-            raise KernelInputError(f"group {self.group} is not one of 32, 64, 128.")
+        if self.precision != "native" and self.group not in (0, 32, 64, 128):
+            raise KernelInputError(f"group {self.group} is not one of 0 (the whole row), 32, 64, 128.")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,9 +58,13 @@ class ExpertWeights:
 
 class Backend(Protocol):
     name: str
+    differentiable: bool
 
     def refuses(self, weights: ExpertWeights) -> str | None:
         """Why these weights cannot run here; None when they can."""
+
+    def how(self, weights: ExpertWeights) -> str:
+        """Which of the backend's own ways these weights will take."""
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         """Pack the weights once; the runner takes tokens and a routing."""
@@ -70,10 +75,11 @@ class Choice:
     """The backend that will run, and why each one tried before it will not."""
 
     backend: Backend
+    how: str
     refused: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.backend.name}: chosen"]
+        lines = [f"{self.backend.name}: chosen, {self.how}"]
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.refused])
 
 
@@ -86,7 +92,7 @@ def choose(weights: ExpertWeights, backend: str = "auto") -> Choice:
         candidate = load(name)
         reason = candidate.refuses(weights)
         if reason is None:
-            return Choice(backend=candidate, refused=tuple(refused))
+            return Choice(backend=candidate, how=candidate.how(weights), refused=tuple(refused))
         refused.append((name, reason))
     raise BackendUnavailable("No backend can run these weights. " + "; ".join(f"{n}: {r}" for n, r in refused))
 

@@ -66,9 +66,13 @@ class TorchBackend:
     """Grouped products in torch; also the path that trains."""
 
     name = "torch"
+    differentiable = True
 
     def refuses(self, weights: ExpertWeights) -> str | None:
         return None if weights.precision == "native" else "torch computes with unquantised weights only"
+
+    def how(self, weights: ExpertWeights) -> str:
+        return "one product an expert, in multiples of eight rows"
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         def run(x_TD: Tensor, routing: Routing) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from collegium_kernels.backends import ExpertWeights, Precision, choose
-from collegium_kernels.errors import require
+from collegium_kernels.errors import KernelInputError, require
 from collegium_kernels.gates.base import Context, Gate, Routed
 from collegium_kernels.grouped import combine, dispatch, run_experts
 from collegium_kernels.ragged import Routing, by_expert, check_routing
@@ -56,6 +56,7 @@ class FusedMoE:
         weights = ExpertWeights(gate_up_EGD=w_gate_up_EGD, down_EDF=w_down_EDF, precision=precision, group=group)
         self.num_experts, self.width, _ = weights.shape
         self.dtype, self.device = w_gate_up_EGD.dtype, w_gate_up_EGD.device
+        self._trained = w_gate_up_EGD.requires_grad or w_down_EDF.requires_grad
         self._choice = choose(weights, backend)
         self._run = self._choice.backend.prepare(weights)
 
@@ -70,7 +71,14 @@ class FusedMoE:
         require(x_TD.dtype == self.dtype, "x_TD", x_TD, f"the dtype of the weights, {self.dtype}")
         require(x_TD.device == self.device, "x_TD", x_TD, f"the device of the weights, {self.device}")
         check_routing(routing, num_tokens=x_TD.shape[0], num_experts=self.num_experts)
+        self._refuse_gradients(x_TD, routing)
         return self._run(x_TD, routing)
+
+    def _refuse_gradients(self, x_TD: Tensor, routing: Routing) -> None:
+        wanted = x_TD.requires_grad or routing.weights_P.requires_grad or self._trained
+        if wanted and torch.is_grad_enabled() and not self._choice.backend.differentiable:
+            name = self._choice.backend.name
+            raise KernelInputError(f"Backend '{name}' has no gradients: use backend='torch', or torch.no_grad().")
 
 
 def fused_moe(

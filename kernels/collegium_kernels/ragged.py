@@ -24,6 +24,7 @@ class Routing:
     """Token t goes to ``expert_ids_P[indptr_T1[t]:indptr_T1[t + 1]]`` with the weights beside them.
 
     A static routing has the same P whatever the gate said: the pairs it did not want carry the id E and weight 0.
+    ``fixed_k`` is set by gates that give every token k experts in every batch: kernels for a rectangle may then run.
     """
 
     indptr_T1: Tensor
@@ -33,6 +34,7 @@ class Routing:
     copy_T: Tensor | None = None
     add_TD: Tensor | None = None
     static: bool = False
+    fixed_k: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +91,19 @@ def from_topk(
         weights_P=weights_TK[keep_TK],
         num_experts=num_experts,
         copy_T=copy_T,
+    )
+
+
+def rectangular(ids_TK: Tensor, weights_TK: Tensor, *, num_experts: int) -> Routing:
+    """A routing for gates whose ids are in range and whose k is the same in every batch: nothing is read back."""
+    _check_topk(ids_TK, weights_TK)
+    T, K = ids_TK.shape
+    return Routing(
+        indptr_T1=torch.arange(T + 1, device=ids_TK.device) * K,
+        expert_ids_P=ids_TK.long().reshape(-1),
+        weights_P=weights_TK.reshape(-1),
+        num_experts=num_experts,
+        fixed_k=K,
     )
 
 
@@ -163,6 +178,7 @@ def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = N
         indptr_T1=_indptr(counts_T),
         expert_ids_P=routing.expert_ids_P[keep_P],
         weights_P=routing.weights_P[keep_P],
+        fixed_k=None,
     )
 
 
@@ -177,6 +193,9 @@ def check_routing(routing: Routing, *, num_tokens: int, num_experts: int) -> Non
     require(weights.is_floating_point(), "routing.weights_P", weights, "a floating-point dtype")
     if ids.device.type == "cpu":
         _check_values(routing)
+    if routing.fixed_k is not None:
+        whole = ids.shape[0] == num_tokens * routing.fixed_k
+        require(whole, "routing.expert_ids_P", ids, f"{routing.fixed_k} pairs for each of {num_tokens} tokens")
 
 
 def _check_values(routing: Routing) -> None:

@@ -41,9 +41,13 @@ class ReferenceBackend:
     """The loop as a backend: for any device and dtype, and slow."""
 
     name = "reference"
+    differentiable = True
 
     def refuses(self, weights: ExpertWeights) -> str | None:
         return None if weights.precision == "native" else "the reference loop computes with unquantised weights only"
+
+    def how(self, weights: ExpertWeights) -> str:
+        return "a loop in fp64"
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         gate_up, down = weights.gate_up_EGD, weights.down_EDF

@@ -1,6 +1,6 @@
 """Experts and routings of any shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,9 +11,19 @@ MakeExperts = Callable[..., tuple[Tensor, Tensor]]
 MakeRouting = Callable[..., Routing]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The library is compiled once a session, and not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    """One thread: small tensors gain nothing from two, and lose much on a busy machine."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

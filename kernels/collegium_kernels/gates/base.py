@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.ragged import Routing, from_topk
+from collegium_kernels.ragged import Routing, rectangular
 from collegium_kernels.steady import steady_mm
 
 
@@ -71,12 +71,12 @@ def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered.values[:, :k], ordered.indices[:, :k]
 
 
-def top_k(scores_TE: Tensor, k: int, *, num_experts: int | None = None, renormalise: bool = False) -> Routing:
+def top_k(scores_TE: Tensor, k: int, *, renormalise: bool = False) -> Routing:
     """A routing to the k best, weighted by their scores."""
     weights_TK, ids_TK = best(scores_TE, k)
     if renormalise:
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-    return from_topk(ids_TK, weights_TK, num_experts=num_experts or scores_TE.shape[1])
+    return rectangular(ids_TK, weights_TK, num_experts=scores_TE.shape[1])
 
 
 def zero(x_TD: Tensor) -> Tensor:

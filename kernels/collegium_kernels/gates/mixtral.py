@@ -9,7 +9,7 @@ from torch import Tensor
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, top_k
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="Mixtral top-2", source="arXiv 2401.04088", k="2", cost="E D")
 
@@ -35,7 +35,7 @@ class MixtralGate(LinearGate):
         probs_TE = logits_TE.softmax(dim=1)
         if self.order == "post":
             values_TK, ids_TK = best(logits_TE, self.k)
-            routing = from_topk(ids_TK, values_TK.softmax(dim=1), num_experts=self.num_experts)
+            routing = rectangular(ids_TK, values_TK.softmax(dim=1), num_experts=self.num_experts)
         else:
             routing = top_k(probs_TE, self.k, renormalise=self.renormalise)
         return Routed(routing=routing, scores_TE=probs_TE, loss=self.balance * balance_loss(probs_TE, routing))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from collegium_kernels.gates.base import Card, Context, Routed, needed, zero
 from collegium_kernels.gates.hashed import balanced_table
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="MoWE, word experts", source="arXiv 2311.10768", k="1", cost="0 (n hashes)")
 MULTIPLIER = 1_000_003
@@ -43,6 +43,6 @@ class WordGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         ids_T1 = self.table_V[self.routing_ids(needed(context.token_ids_T, "token_ids_T"))][:, None]
-        routing = from_topk(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
+        routing = rectangular(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
         scores_TE = nn.functional.one_hot(ids_T1[:, 0], self.num_experts).to(x_TD.dtype)
         return Routed(routing=routing, scores_TE=scores_TE, loss=zero(x_TD))

@@ -25,7 +25,7 @@ def weak_routing(routing: Routing, *, rank: int = 2) -> Routing:
     ids_P = routing.expert_ids_P[pairs_T]
     indptr_T1 = torch.arange(len(pairs_T) + 1, device=ids_P.device)
     weights_P = torch.ones_like(routing.weights_P[pairs_T])
-    return replace(routing, indptr_T1=indptr_T1, expert_ids_P=ids_P, weights_P=weights_P)
+    return replace(routing, indptr_T1=indptr_T1, expert_ids_P=ids_P, weights_P=weights_P, fixed_k=None)
 
 
 def self_contrast(strong_V: Tensor, weak_V: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="SMILE, bi-level", source="arXiv 2212.05191", k="1", cost="(N + M) D")
 
@@ -25,10 +25,10 @@ class SmileGate(nn.Module):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         node_TN, local_TM = self.inter.logits(x_TD).softmax(dim=1), self.intra.logits(x_TD).softmax(dim=1)
         (p_T1, node_T1), (q_T1, local_T1) = best(node_TN, 1), best(local_TM, 1)
-        routing = from_topk(node_T1 * self.local + local_T1, p_T1 * q_T1, num_experts=self.num_experts)
+        routing = rectangular(node_T1 * self.local + local_T1, p_T1 * q_T1, num_experts=self.num_experts)
         scores_TE = (node_TN[:, :, None] * local_TM[:, None, :]).flatten(1)
-        loss = balance_loss(node_TN, from_topk(node_T1, p_T1, num_experts=self.nodes))
-        loss = loss + balance_loss(local_TM, from_topk(local_T1, q_T1, num_experts=self.local))
+        loss = balance_loss(node_TN, rectangular(node_T1, p_T1, num_experts=self.nodes))
+        loss = loss + balance_loss(local_TM, rectangular(local_T1, q_T1, num_experts=self.local))
         return Routed(routing=routing, scores_TE=scores_TE, loss=self.balance * loss)
 
 

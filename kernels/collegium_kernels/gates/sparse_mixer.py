@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="SparseMixer, GRIN", source="arXiv 2310.00811, 2409.12136", k="2", cost="E D")
 # How often a sample that is not the best is left whole, what multiplies it otherwise, and the gradient's factor.
@@ -61,7 +61,7 @@ class SparseMixerGate(LinearGate):
             left_TE = left_TE.scatter(1, id_T1, -torch.inf)
             ids.append(id_T1)
             weights.append(weight_T1 * self.omega_E[id_T1])
-        routing = from_topk(torch.cat(ids, 1), torch.cat(weights, 1), num_experts=self.num_experts)
+        routing = rectangular(torch.cat(ids, 1), torch.cat(weights, 1), num_experts=self.num_experts)
         probs_TE = logits_TE.softmax(dim=1)
         return Routed(routing=routing, scores_TE=probs_TE, loss=self.balance * balance_loss(probs_TE, routing))
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, needed, zero
 from collegium_kernels.gates.losses import counts
-from collegium_kernels.ragged import Routing, from_topk
+from collegium_kernels.ragged import Routing, rectangular
 from collegium_kernels.steady import steady_map, steady_mm
 
 CARD = Card(title="StableMoE", source="arXiv 2204.08396", k="1", cost="E D, then 50 E")
@@ -48,7 +48,7 @@ class StableMoEGate(LinearGate):
         light_TE = steady_mm(self.embedding(ids_T), self.light_ES)
         chosen_T1 = best(scores_TE if self.stage == 1 else light_TE, 1)[1]
         gate_T1 = steady_map(torch.sigmoid, scores_TE.gather(1, chosen_T1))
-        routing = from_topk(chosen_T1, gate_T1, num_experts=self.num_experts)
+        routing = rectangular(chosen_T1, gate_T1, num_experts=self.num_experts)
         loss = self._loss(gate_T1, chosen_T1, light_TE, routing) if self.stage == 1 else zero(x_TD)
         return Routed(routing=_keep_the_rest(routing, gate_T1), scores_TE=scores_TE, loss=loss)
 

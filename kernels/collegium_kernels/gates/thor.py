@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from collegium_kernels.gates.base import Card, Context, Routed, zero
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="THOR, random", source="arXiv 2110.04260", k="1", cost="0")
 
@@ -23,7 +23,7 @@ class RandomGate(nn.Module):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         expert = int(torch.randint(0, self.num_experts, (), generator=context.generator))
         ids_T1 = torch.full((x_TD.shape[0], 1), expert, device=x_TD.device)
-        routing = from_topk(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
+        routing = rectangular(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
         scores_TE = x_TD.new_full((x_TD.shape[0], self.num_experts), 1 / self.num_experts)
         return Routed(routing=routing, scores_TE=scores_TE, loss=zero(x_TD))
 
