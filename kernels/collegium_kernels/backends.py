@@ -15,6 +15,7 @@ Runner = Callable[[Tensor, Routing], Tensor]
 
 # In the order in which they are tried.
 BACKENDS = {
+    "triton": "collegium_kernels.triton.backend:TritonBackend",
     "cpu": "collegium_kernels.cpu.backend:CpuBackend",
     "torch": "collegium_kernels.grouped:TorchBackend",
     "reference": "collegium_kernels.reference:ReferenceBackend",
