@@ -25,10 +25,14 @@ class TopPGate(LinearGate):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         probs_TE = self.logits(x_TD).softmax(dim=1)
         weights_TE, ids_TE = best(probs_TE, self.num_experts)
-        before_TE = weights_TE.cumsum(dim=1) - weights_TE
-        ids_TE = ids_TE.masked_fill(before_TE > self.p, -1)
-        routing = from_topk(ids_TE, weights_TE, num_experts=self.num_experts)
+        routing = from_topk(top_p(weights_TE, ids_TE, self.p), weights_TE, num_experts=self.num_experts)
         loss = self.balance * balance_loss(probs_TE, routing)
         if len(x_TD):
             loss = loss - self.entropy * torch.xlogy(probs_TE, probs_TE).sum(dim=1).mean()
         return Routed(routing=routing, scores_TE=probs_TE, loss=loss)
+
+
+def top_p(weights_TE: Tensor, ids_TE: Tensor, p: float) -> Tensor:
+    """The ids with -1 from where the sum of the weights before exceeds ``p``; the weights fall from left to right."""
+    before_TE = weights_TE.cumsum(dim=1) - weights_TE
+    return ids_TE.masked_fill(before_TE > p, -1)
