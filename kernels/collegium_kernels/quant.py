@@ -13,6 +13,8 @@ from collegium_kernels.errors import KernelInputError, require
 
 # Inputs are filled up to whole vectors of activations.
 MULTIPLE = 32
+# 255 x 127 x this many still fits the kernels' 32-bit sums.
+MOST_INPUTS = 65536
 # Weights quantised at once: bounds the memory that the search takes.
 ELEMENTS = 1 << 22
 # For 4 bits a scale below the one that reaches the largest weight often fits the group better.
@@ -55,6 +57,7 @@ def quantise(w_ENK: Tensor, *, bits: int, group: int) -> Quantised:
     if group not in (0, 32, 64, 128):
         raise KernelInputError(f"group {group} is not one of 0 (the whole row), 32, 64, 128.")
     K = w_ENK.shape[2]
+    require(group > 0 or K <= MOST_INPUTS, "w_ENK", w_ENK, f"at most {MOST_INPUTS} inputs, or a group")
     filled = functional.pad(w_ENK.float(), (0, -K % (group or MULTIPLE)))
     some = max(1, ELEMENTS // max(1, filled[:1].numel()))
     pairs = [

@@ -90,6 +90,8 @@ def test_unknown_bits_and_groups_are_refused(bits: int, group: int) -> None:
         quantise(torch.randn(1, 4, 32), bits=bits, group=group)
     with pytest.raises(KernelInputError, match="w_ENK"):
         quantise(torch.randn(4, 32), bits=8, group=32)
+    with pytest.raises(KernelInputError, match="at most 65536 inputs, or a group"):
+        quantise(torch.randn(1, 1, 65537), bits=8, group=0)
 
 
 # The three ways to compute

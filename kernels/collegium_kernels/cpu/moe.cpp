@@ -106,7 +106,7 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
   const Matrix down(w2, s2, inputs2, (D + 63) / 64 * 64, group2, bits);
   const Rows rows(T, E, indptr, ids);
   const int64_t count = rows.starts[E];
-  std::memset(y, 0, sizeof(float) * T * D);
+  std::fill_n(y, T * D, 0.0f);
 
   Activations in(T, up);
   parallel(threads, T, [&](int64_t begin, int64_t end) {
