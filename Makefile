@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.collegium-installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench bench-kernels setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -25,3 +25,6 @@ test: check
 
 clean:
 	rm -rf $(VENV)
+
+bench-kernels: $(STAMP)
+	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes

@@ -30,27 +30,33 @@ def cache_folder() -> Path:
 
 
 def build(compiler: str, folder: Path, *, extra_flags: tuple[str, ...] = ()) -> Path:
-    """The library's path; compiles when it is not there yet. Raises BackendUnavailable with the compiler's words."""
-    text = [(FOLDER / name).read_text() for name in SOURCES]
+    """The library of experts, compiled when it is not there yet. Raises BackendUnavailable, quoting the compiler."""
+    return compile_library(compiler, tuple(FOLDER / name for name in SOURCES), folder, extra_flags=extra_flags)
+
+
+def compile_library(
+    compiler: str, sources: tuple[Path, ...], folder: Path, *, extra_flags: tuple[str, ...] = ()
+) -> Path:
+    """A shared library of the first source; the others are what it includes."""
+    text = [source.read_text() for source in sources]
     identity = "\0".join((*text, compiler, platform.machine(), *FLAGS, *extra_flags))
-    library = folder / f"moe-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    library = folder / f"{sources[0].stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         LOG.info("compiling %s", library)
-        _compile(compiler, library, extra_flags)
+        _compile([compiler, *FLAGS, *extra_flags, str(sources[0])], library)
     return library
 
 
-def _compile(compiler: str, library: Path, extra_flags: tuple[str, ...]) -> None:
+def _compile(command: list[str], library: Path) -> None:
     """Into a file of its own, then renamed: two processes may do this at once."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
         os.close(handle)
-        command = [compiler, *FLAGS, *extra_flags, str(FOLDER / SOURCES[0]), "-o", made]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise BackendUnavailable(f"Could not compile {SOURCES[0]} with {compiler}: {exc}") from exc
+        raise BackendUnavailable(f"Could not run {' '.join(command)}: {exc}") from exc
     if done.returncode != 0:
         Path(made).unlink()
-        raise BackendUnavailable(f"{compiler} could not compile {SOURCES[0]}: {done.stderr[-2000:]}")
+        raise BackendUnavailable(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     Path(made).replace(library)
