@@ -121,26 +121,33 @@ def verdict(name: str, precision: str, T: int, times: Times, share: float) -> tu
     return f"{target:g}", "yes" if times.min_s * 1e3 <= target else "no"
 
 
-def ragged(runs: dict[str, tuple[str, Run]], shape: Shape, T: int = 256) -> tuple[list[str], list[str]]:
-    """Time against the mean number of experts a token, over the proportional share of the fixed-k time."""
+def ragged(runs: dict[str, tuple[str, Run]], shape: Shape, roof: Roof, T: int = 256) -> tuple[list[str], list[str]]:
+    """Time against the mean number of experts a token, over the proportional share of the fixed-k time.
+
+    The share cannot fall below reading the weights once: with few pairs that is the bar.
+    """
     chosen = {name: run for name, (_, run) in runs.items() if name.startswith("ours")}
-    lines = ["| contender | mean k | min ms | of fixed k | of proportional | met |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| contender | mean k | min ms | of fixed k | of proportional | of proportional or one read | met |",
+        "|---|---|---|---|---|---|---|",
+    ]
     missed = []
     kinds = {"fixed": routing_of(T, shape)}
     kinds |= {f"{k:.2f}": routing_of(T, shape, mean_k=k) for k in (1.0, 2.0, 4.47, 6.0, 8.0)}
     everything = {(name, kind): (run, routing) for name, run in chosen.items() for kind, routing in kinds.items()}
     x = torch.randn(T, shape.D).bfloat16()
     jobs = {f"{n}/{k}": (lambda _, run=run, r=r: run(x, r)) for (n, k), (run, r) in everything.items()}
-    times = interleave(jobs, repeats=REPEATS, budget_s=120)
+    times = interleave(jobs, repeats=2 * REPEATS, budget_s=150)
     for name, kind in everything:
         spent, fixed = times[f"{name}/{kind}"].min_s, times[f"{name}/fixed"].min_s
         proportional = kinds[kind].num_pairs / (T * shape.k)
         over = spent / fixed / proportional
+        bar = spent / max(fixed * proportional, least_s(shape, kinds[kind], runs[name][0], roof))
         limit = 1.0 + 0.02 if kind == "8.00" else RAGGED_SLACK
-        met = "yes" if over <= limit else "no"
-        lines.append(f"| {name} | {kind} | {spent * 1e3:.2f} | {spent / fixed:.2f} | {over:.2f} | {met} |")
+        met = "yes" if bar <= limit else "no"
+        lines.append(f"| {name} | {kind} | {spent * 1e3:.2f} | {spent / fixed:.2f} | {over:.2f} | {bar:.2f} | {met} |")
         if met == "no":
-            missed.append(f"ragged {name} at mean k {kind}: {over:.2f} of proportional, limit {limit:.2f}")
+            missed.append(f"ragged {name} at mean k {kind}: {bar:.2f} of its bar, limit {limit:.2f}")
     return lines, missed
 
 
@@ -179,6 +186,17 @@ def other_shapes(roof: Roof) -> list[str]:
     return lines
 
 
+def about(roof: Roof, core: int, moved: str | None) -> str:
+    """What the numbers were taken on, and whether they count."""
+    rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in asdict(roof).items()}
+    steady = f"REFUSED: {moved} during the run" if moved else "roof steady"
+    return (
+        f"# Kernels, one thread\n\ntorch {torch.__version__}, {platform.machine()}, core {core}, CPU time of one thread, "
+        f"load {os.getloadavg()[0]:.1f}; measured roof in G/s: {json.dumps(rates)}; {steady}\n\n"
+        f"## {OLMOE.name}: E={OLMOE.E}, F={OLMOE.F}, D={OLMOE.D}, k={OLMOE.k}\n"
+    )
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-results/kernels"))
@@ -189,25 +207,19 @@ def main(arguments: list[str]) -> int:
     core, meter = pin(), RoofMeter()
     before = meter.measure()
     runs = all_runs(OLMOE)
-    first, missed = headline(runs, before, OLMOE)
-    second, missed_ragged = ragged(runs, OLMOE)
+    rows, missed = headline(runs, before, OLMOE)
+    more_rows, more_missed = ragged(runs, OLMOE, before)
     moved = drifted(before, meter.measure())
-    rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in asdict(before).items()}
-    text = [
-        f"# Kernels, one thread\n\ntorch {torch.__version__}, {platform.machine()}, core {core}, "
-        f"load {os.getloadavg()[0]:.1f}; measured roof in G/s: {json.dumps(rates)}; "
-        f"{'REFUSED: ' + moved + ' during the run' if moved else 'roof steady'}\n",
-        f"## {OLMOE.name}: E={OLMOE.E}, F={OLMOE.F}, D={OLMOE.D}, k={OLMOE.k}\n",
-        *first, "\n## Ragged, M=256\n", *second,
-    ]  # fmt: skip
+    text = [about(before, core, moved), *rows, "\n## Ragged, M=256\n", *more_rows]
+    missed += more_missed
     if chosen.all_shapes:
         text += ["\n## Other shapes\n", *other_shapes(before)]
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "table.md").write_text("\n".join(text) + "\n")
-    sys.stdout.write("\n".join([*text, "", *(f"missed: {m}" for m in [*missed, *missed_ragged])]) + "\n")
+    sys.stdout.write("\n".join([*text, "", *(f"missed: {m}" for m in missed)]) + "\n")
     if not chosen.no_plots:
         scaling(chosen.out)
-    return 1 if moved or missed or missed_ragged else 0
+    return 1 if moved or missed else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LOG = logging.getLogger(__name__)
 RUNS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "dense": ("dense", None, {}),
     "stock": ("sparse", None, {}),
@@ -74,6 +76,7 @@ def run_all(work: Path) -> str:
     results: dict[str, dict[str, Any]] = {}
     for name, (folder, quantization, options) in RUNS.items():
         results[name] = _child(work / folder, quantization, options)
+        LOG.info("%s: %.1f tokens/s", name, results[name]["tokens_per_s"])
     for name, result in results.items():
         pairs = list(zip(result["texts"], results["dense"]["texts"], strict=True))
         same = sum(a == b for a, b in pairs)
@@ -110,6 +113,7 @@ def main(arguments: list[str]) -> None:
         result = generate(Path(asked["model"]), asked["quantization"], asked["options"])
         sys.stdout.write("\n" + json.dumps(result) + "\n")
         return
+    logging.basicConfig(level=logging.INFO)
     prepare(chosen.model, chosen.work)
     sys.stdout.write(run_all(chosen.work))
 

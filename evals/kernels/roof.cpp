@@ -8,9 +8,24 @@
 
 namespace {
 
-constexpr int kChains = 16;
+constexpr int kChains = 12;
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+template <int KIND>
+void spin(int64_t rounds) {
+  __m512i a = _mm512_set1_epi32(0x01010101), b = a, sums[kChains];
+  for (auto& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t n = 0; n < rounds; ++n) {
+    asm volatile("" : "+v"(a), "+v"(b));
+    for (auto& sum : sums) {
+      if (KIND == 0) sum = _mm512_dpbusd_epi32(sum, a, b);
+      if (KIND == 1) sum = (__m512i)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+      if (KIND == 2) sum = (__m512i)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+    }
+  }
+  for (auto& sum : sums) asm volatile("" : : "v"(sum));
+}
 
 }  // namespace
 
@@ -18,28 +33,12 @@ extern "C" {
 
 // Operations a second (a multiplication and an addition are two). kind: 0 int8, 1 bf16, 2 fp32.
 double roof_compute(int kind, int64_t rounds) {
-  __m512i a = _mm512_set1_epi32(0x01010101), b = _mm512_set1_epi32(0x01010101);
-  __m512i ints[kChains];
-  __m512 floats[kChains];
-  for (int i = 0; i < kChains; ++i) {
-    ints[i] = _mm512_setzero_si512();
-    floats[i] = _mm512_setzero_ps();
-  }
   const double start = seconds();
-  for (int64_t n = 0; n < rounds; ++n) {
-    asm volatile("" : "+v"(a), "+v"(b));
-    if (kind == 0) {
-      for (int i = 0; i < kChains; ++i) ints[i] = _mm512_dpbusd_epi32(ints[i], a, b);
-    } else if (kind == 1) {
-      for (int i = 0; i < kChains; ++i) floats[i] = _mm512_dpbf16_ps(floats[i], (__m512bh)a, (__m512bh)b);
-    } else {
-      for (int i = 0; i < kChains; ++i) floats[i] = _mm512_fmadd_ps((__m512)a, (__m512)b, floats[i]);
-    }
-  }
-  const double spent = seconds() - start;
-  for (int i = 0; i < kChains; ++i) asm volatile("" : : "v"(ints[i]), "v"(floats[i]));
+  if (kind == 0) spin<0>(rounds);
+  else if (kind == 1) spin<1>(rounds);
+  else spin<2>(rounds);
   const double lanes = kind == 0 ? 64 : kind == 1 ? 32 : 16;
-  return 2 * lanes * kChains * rounds / spent;
+  return 2 * lanes * kChains * rounds / (seconds() - start);
 }
 
 // Bytes a second.

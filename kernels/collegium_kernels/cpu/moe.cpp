@@ -16,12 +16,12 @@
 
 namespace {
 
-using TileFunction = void (*)(int, const Matrix&, const uint8_t*, const uint16_t*, Tile&);
+using TileFunction = void (*)(int, const Matrix&, const uint8_t*, const uint16_t*, int64_t, int64_t, const Tile&);
 
 struct Code {
   TileFunction tile;
   void (*quantise)(Activations&, int64_t, const float*, int64_t);
-  void (*swiglu)(int, Tile&);
+  void (*swiglu)(const float*, float, float*);
 };
 
 bool has_vnni() {
@@ -70,20 +70,37 @@ struct Rows {
   }
 };
 
-// Row blocks of at most kRows, as even as they can be.
-template <typename Block>
-void blocks(int64_t begin, int64_t end, Block block) {
-  const int64_t count = (end - begin + kRows - 1) / kRows;
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t first = begin + (end - begin) * b / count;
-    block(first, static_cast<int>(begin + (end - begin) * (b + 1) / count - first));
+struct Sums {
+  float row[kBlock][kColumns];
+};
+
+// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them.
+template <typename RowOf>
+void panel_sums(const Code& code, const Matrix& m, int64_t e, int64_t p, const Activations& a, int count, RowOf row_of,
+                Sums& sums) {
+  std::memset(sums.row, 0, sizeof(sums.row[0]) * count);
+  for (int64_t begin = 0; begin < m.spans; begin += m.spans_per_slice) {
+    const int64_t end = std::min(begin + m.spans_per_slice, m.spans);
+    for (int first = 0; first < count; first += kRows) {
+      const int rows = std::min(kRows, count - first);
+      Tile t;
+      t.fetch = first == 0;
+      for (int r = 0; r < rows; ++r) {
+        const int64_t row = row_of(first + r);
+        t.a[r] = &a.codes[row * a.inputs];
+        t.sums[r] = &a.sums[row * a.spans];
+        t.out[r] = sums.row[first + r];
+      }
+      code.tile(rows, m, m.panel(e, p), m.scale(e, p), begin, end, t);
+    }
   }
 }
 
-void load(Tile& t, int r, const Activations& a, int64_t row) {
-  t.a[r] = &a.codes[row * a.inputs];
-  t.sums[r] = &a.sums[row * a.groups];
-  t.scale[r] = a.scales[row];
+// Calls `block` with the first row and the number of each block of an expert's rows.
+template <typename Block>
+void blocks(const Rows& rows, int64_t e, Block block) {
+  for (int64_t first = rows.starts[e]; first < rows.starts[e + 1]; first += kBlock)
+    block(first, static_cast<int>(std::min<int64_t>(kBlock, rows.starts[e + 1] - first)));
 }
 
 }  // namespace
@@ -115,15 +132,14 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
   });
   std::vector<float> hidden(count * up.panels * 32);
   parallel(threads, E * up.panels, [&](int64_t begin, int64_t end) {
-    Tile t;
+    Sums sums;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t e = item / up.panels, p = item % up.panels;
-      blocks(rows.starts[e], rows.starts[e + 1], [&](int64_t first, int n) {
-        for (int r = 0; r < n; ++r) load(t, r, in, rows.tokens[first + r]);
-        code.tile(n, up, up.panel(e, p), up.scale(e, p), t);
-        code.swiglu(n, t);
+      blocks(rows, e, [&](int64_t first, int n) {
+        const auto token = [&](int r) { return rows.tokens[first + r]; };
+        panel_sums(code, up, e, p, in, n, token, sums);
         for (int r = 0; r < n; ++r)
-          std::memcpy(&hidden[(first + r) * up.panels * 32 + p * 32], t.out[r], 32 * sizeof(float));
+          code.swiglu(sums.row[r], in.scales[token(r)], &hidden[(first + r) * up.panels * 32 + p * 32]);
       });
     }
   });
@@ -132,17 +148,16 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
     for (int64_t row = begin; row < end; ++row) code.quantise(mid, row, &hidden[row * up.panels * 32], F);
   });
   parallel(threads, down.panels, [&](int64_t begin, int64_t end) {
-    Tile t;
+    Sums sums;
     for (int64_t e = 0; e < E; ++e)
       for (int64_t p = begin; p < end; ++p)
-        blocks(rows.starts[e], rows.starts[e + 1], [&](int64_t first, int n) {
-          for (int r = 0; r < n; ++r) load(t, r, mid, first + r);
-          code.tile(n, down, down.panel(e, p), down.scale(e, p), t);
+        blocks(rows, e, [&](int64_t first, int n) {
+          panel_sums(code, down, e, p, mid, n, [&](int r) { return first + r; }, sums);
           const int64_t width = std::min<int64_t>(kColumns, D - p * kColumns);
           for (int r = 0; r < n; ++r) {
             float* out = y + rows.tokens[first + r] * D + p * kColumns;
-            const float weight = weights[rows.pairs[first + r]];
-            for (int64_t c = 0; c < width; ++c) out[c] += weight * t.out[r][c];
+            const float weight = weights[rows.pairs[first + r]] * mid.scales[first + r];
+            for (int64_t c = 0; c < width; ++c) out[c] += weight * sums.row[r][c];
           }
         });
   });
