@@ -191,8 +191,9 @@ def about(roof: Roof, core: int, moved: str | None) -> str:
     rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in asdict(roof).items()}
     steady = f"REFUSED: {moved} during the run" if moved else "roof steady"
     return (
-        f"# Kernels, one thread\n\ntorch {torch.__version__}, {platform.machine()}, core {core}, CPU time of one thread, "
-        f"load {os.getloadavg()[0]:.1f}; measured roof in G/s: {json.dumps(rates)}; {steady}\n\n"
+        f"# Kernels, one thread\n\ntorch {torch.__version__}, {platform.machine()}, core {core}, "
+        f"CPU time of one thread, load {os.getloadavg()[0]:.1f}; measured roof in G/s: {json.dumps(rates)};"
+        f" {steady}\n\n"
         f"## {OLMOE.name}: E={OLMOE.E}, F={OLMOE.F}, D={OLMOE.D}, k={OLMOE.k}\n"
     )
 

@@ -75,3 +75,43 @@ def test_routing_policies_of_the_plugin() -> None:
 def test_wrong_policies_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RoutingPolicy(**options)
+
+
+@needs_transformers
+def test_a_trace_is_recorded_from_a_running_model(dense: Any) -> None:
+    from evals.kernels.record import from_routed_experts, record
+    from evals.kernels.upcycle import upcycle
+
+    sparse = upcycle(dense)
+    trace = record(sparse, [torch.tensor([3, 4, 5]), torch.tensor([6, 7])], new_tokens=4)
+    assert trace.ids_SLK.shape == (3 + 3 + 2 + 3, 2, 2)
+    assert trace.ids_SLK.float().std() > 0
+    again = from_routed_experts([trace.ids_SLK[:4].numpy(), trace.ids_SLK[4:].numpy()], num_experts=4)
+    assert torch.equal(again.ids_SLK, trace.ids_SLK)
+
+
+# vLLM's own imports warn about torch.jit.
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
+    from collegium_kernels.vllm_plugin import register
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    register()
+    config = get_quantization_config("collegium_int4")
+    made = config.from_config({"quant_method": "collegium_int4", "group": 32, "routing": "top_p", "p": 0.5})
+    assert (made.group, made.policy) == (32, RoutingPolicy(kind="top_p", p=0.5))
+    with pytest.raises(ValueError, match=r"does not know \['grup'\]"):
+        config.from_config({"grup": 32})
+
+
+def test_the_entry_point_names_the_function_that_registers() -> None:
+    import tomllib
+    from importlib import import_module
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["collegium"].partition(":")
+    assert callable(getattr(import_module(module), name))
