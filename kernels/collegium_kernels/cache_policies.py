@@ -59,7 +59,9 @@ class LeastStale(Lru):
 
 
 class Belady(Lru):
-    """Evict what is needed again the latest: no policy without prefetch does better. It has read the whole trace."""
+    """Evict what is needed again the latest: the best of the policies that admit every miss.
+
+    It has read the whole trace. A policy that leaves cold experts out (HotCold) or prefetches may pass it."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
