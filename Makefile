@@ -13,13 +13,14 @@ BREAKABLE := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test check bench bench-routing clean
+.PHONY: help setup demo test check bench bench-routing bench-kernels clean
 help:
 	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
 	@echo "make test    set up, then everything that CI runs"
 	@echo "make check   formatting, lint, types and imports only"
 	@echo "make bench   the gateway's speed and memory"
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
+	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
 	@echo "make clean   remove what the others made"
 
 setup: $(STAMP)
@@ -57,6 +58,9 @@ bench: $(STAMP)
 # One thread: on a busy machine, small matrices are many times slower with more.
 bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.routing.suite
+
+bench-kernels: $(STAMP)
+	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes
 
 clean:
 	rm -rf $(VENV) build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measures of the kernels: speed, scaling, and cache policies on recorded traces."""

@@ -1,0 +1,71 @@
+"""Weights in the order in which moe.cpp reads them.
+
+Legend: E experts, N outputs, K inputs, B panels of 64 outputs, G groups.
+"""
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from collegium_kernels.quant import Quantised
+
+COLUMNS = 64
+HALF = COLUMNS // 2
+HUGE_PAGE_BYTES = 2 << 20
+MADV_HUGEPAGE = 14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Panels of codes and of scales; ``inputs`` and ``span`` are the filled-up K and how many inputs share a scale."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    inputs: int
+    span: int
+
+
+def pack(weights: Quantised, *, gate_up: bool) -> Packed:
+    """``gate_up`` puts 32 gate outputs and their 32 up outputs in one panel."""
+    codes = _panels(weights.codes_ENK, gate_up, fill=weights.zero)
+    scales = _panels(weights.scales_ENG, gate_up, fill=0)
+    E, B, _, K = codes.shape
+    steps = codes.view(E, B, COLUMNS, K // 4, 4).transpose(2, 3)
+    if weights.bits == 4:
+        halves = steps.reshape(E, B, K // 8, 2, COLUMNS, 4)
+        steps = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)
+    return Packed(
+        codes=on_huge_pages(steps),
+        scales=scales.transpose(2, 3).contiguous(),
+        bits=weights.bits,
+        inputs=K,
+        span=weights.span,
+    )
+
+
+def _panels(rows_ENX: Tensor, gate_up: bool, *, fill: int) -> Tensor:
+    """(E, N, X) as (E, B, 64, X)."""
+    if not gate_up:
+        return _split(rows_ENX, COLUMNS, fill)
+    gate, up = rows_ENX.chunk(2, dim=1)
+    return torch.cat([_split(gate, HALF, fill), _split(up, HALF, fill)], dim=2)
+
+
+def _split(rows_ENX: Tensor, size: int, fill: int) -> Tensor:
+    E, N, X = rows_ENX.shape
+    return functional.pad(rows_ENX, (0, 0, 0, -N % size), value=fill).view(E, -(-N // size), size, X)
+
+
+def on_huge_pages(source: Tensor) -> Tensor:
+    """A contiguous copy on huge pages where the system grants them: fewer address translations while streaming."""
+    target = torch.empty(source.shape, dtype=source.dtype)
+    start = -(-target.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    length = target.data_ptr() + target.nbytes - start
+    if hasattr(mmap, "MADV_HUGEPAGE") and length >= HUGE_PAGE_BYTES:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return target.copy_(source)

@@ -1,0 +1,90 @@
+"""What a gate is: tokens in, a routing out. One file in this folder holds one gate and its card.
+
+Legend: T tokens, D width, E experts, K slots, S state, P pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from collegium_kernels.ragged import Routing, rectangular
+from collegium_kernels.steady import steady_mm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One line of docs/gates.md. ``cost`` counts multiplications a token beside those of the experts."""
+
+    title: str
+    source: str
+    k: str
+    cost: str
+    batch_dependent: bool = False
+    kind: Literal["gate", "layer", "loss", "decoding"] = "gate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What some gates read beside the token itself."""
+
+    token_ids_T: Tensor | None = None
+    importance_T: Tensor | None = None
+    state_TS: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """A routing, the scores it came from, the gate's own loss, and what the next layer's gate may read."""
+
+    routing: Routing
+    scores_TE: Tensor
+    loss: Tensor
+    state_TS: Tensor | None = None
+
+
+class Gate(Protocol):
+    """Every gate is an nn.Module with this call."""
+
+    num_experts: int
+
+    def __call__(self, x_TD: Tensor, context: Context) -> Routed: ...
+
+
+class LinearGate(nn.Module):
+    """A base for gates that score with one matrix, in fp32 whatever the tokens are in."""
+
+    def __init__(self, width: int, num_experts: int, num_scores: int | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight_ED = nn.Parameter(torch.randn(num_scores or num_experts, width) / width**0.5)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return steady_mm(x_TD.float(), self.weight_ED.float())
+
+
+def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores and their ids, highest first. Ties go to the lowest id, on every device."""
+    ordered = torch.sort(scores_TE, dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def top_k(scores_TE: Tensor, k: int, *, renormalise: bool = False) -> Routing:
+    """A routing to the k best, weighted by their scores."""
+    weights_TK, ids_TK = best(scores_TE, k)
+    if renormalise:
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+    return rectangular(ids_TK, weights_TK, num_experts=scores_TE.shape[1])
+
+
+def zero(x_TD: Tensor) -> Tensor:
+    return torch.zeros((), device=x_TD.device)
+
+
+def needed(value: Tensor | None, name: str) -> Tensor:
+    """The context's tensor, or an error that names it."""
+    if value is None:
+        raise ValueError(f"this gate reads Context.{name}, which is None")
+    return value

@@ -1,0 +1,56 @@
+"""COMET: k binary trees over the experts, and a learned order of their leaves.
+
+Legend: T tokens, D width, E experts (a power of two), K trees, N = E - 1 nodes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from collegium_kernels.gates.base import Card, Context, Routed
+from collegium_kernels.gates.smooth_step import num_bits, smooth_step
+from collegium_kernels.ragged import from_dense
+from collegium_kernels.steady import steady_mm
+
+CARD = Card(title="COMET, trees", source="arXiv 2306.02824", k="all, falling to at most 2", cost="k (2 E - 1) D")
+
+
+class CometGate(nn.Module):
+    """A leaf's weight is softmax over all trees of (leaf logit + log path); a path of 0 is out exactly."""
+
+    def __init__(self, width: int, num_experts: int, *, k: int = 2, gamma: float = 1.0, entropy: float = 0.01) -> None:
+        super().__init__()
+        self.num_experts, self.k, self.gamma, self.entropy = num_experts, k, gamma, entropy
+        self.depth = num_bits(num_experts)
+        if 2**self.depth != num_experts:
+            raise ValueError(f"COMET's trees need a power of two of experts, not {num_experts}")
+        self.nodes = nn.Parameter(torch.randn(k * (num_experts - 1), width) / width**0.5 * gamma / 4)
+        self.leaves = nn.Parameter(torch.randn(k * num_experts, width) / width**0.5)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Routed:
+        x_TD = x_TD.float()
+        steps_TKN = smooth_step(steady_mm(x_TD, self.nodes), self.gamma).view(-1, self.k, self.num_experts - 1)
+        paths_TKE = _paths(steps_TKN, self.depth)
+        leaves_TKE = steady_mm(x_TD, self.leaves).view(-1, self.k, self.num_experts)
+        masked = torch.where(paths_TKE > 0, leaves_TKE + paths_TKE.clamp(min=1e-30).log(), -torch.inf)
+        weights_TE = masked.flatten(1).softmax(dim=1).view_as(masked).sum(dim=1)
+        loss = -torch.xlogy(paths_TKE, paths_TKE.clamp(min=1e-9)).sum(dim=2).mean() if len(x_TD) else weights_TE.sum()
+        routing = from_dense(weights_TE, weights_TE > 0)
+        return Routed(routing=routing, scores_TE=weights_TE, loss=self.entropy * loss)
+
+
+def _paths(steps_TKN: Tensor, depth: int) -> Tensor:
+    """The probability of each leaf: nodes are in breadth-first order."""
+    paths = torch.ones_like(steps_TKN[..., :1])
+    for level in range(depth):
+        here = steps_TKN[..., 2**level - 1 : 2 ** (level + 1) - 1]
+        paths = torch.stack([paths * here, paths * (1 - here)], dim=-1).flatten(-2)
+    return paths
+
+
+def sinkhorn(scores_EE: Tensor, *, temperature: float = 1e-3, iterations: int = 20) -> Tensor:
+    """A doubly stochastic matrix near the permutation that ``scores_EE`` favours. Add Gumbel noise to explore."""
+    log_EE = scores_EE.double() / temperature
+    for _ in range(iterations):
+        log_EE = log_EE - log_EE.logsumexp(dim=1, keepdim=True)
+        log_EE = log_EE - log_EE.logsumexp(dim=0, keepdim=True)
+    return log_EE.exp().to(scores_EE.dtype)

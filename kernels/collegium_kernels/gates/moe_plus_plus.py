@@ -1,0 +1,60 @@
+"""MoE++: zero, copy and constant experts beside the true ones, and scores handed from layer to layer.
+
+Legend: T tokens, D width, E true experts, N zero-cost ones (one zero, one copy, then constants), K slots.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
+from collegium_kernels.ragged import Routing, from_topk
+from collegium_kernels.steady import steady_mm
+
+CARD = Card(
+    title="MoE++, zero, copy and constant experts", source="arXiv 2410.07348", k="0 to 2", cost="(E + N) (D + E + N)"
+)
+
+
+class MoEPlusPlusGate(LinearGate):
+    """Ids: E is zero, E + 1 copies the token, the rest give a x + b v. None of them becomes a row of a GEMM."""
+
+    def __init__(
+        self, width: int, num_experts: int, *, constants: int = 2, k: int = 2, tau: float = 0.75, balance: float = 0.01
+    ) -> None:
+        total = num_experts + 2 + constants
+        super().__init__(width, num_experts, total)
+        self.k, self.tau, self.balance, self.constants = k, tau, balance, constants
+        self.residual_EE = nn.Parameter(torch.zeros(total, total))
+        self.constant_ND = nn.Parameter(torch.randn(constants, width) * 0.02)
+        self.mix_ND = nn.Parameter(torch.randn(2 * constants, width) / width**0.5)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Routed:
+        logits_TE = self.logits(x_TD)
+        if context.state_TS is not None:
+            logits_TE = logits_TE + steady_mm(context.state_TS, self.residual_EE)
+        probs_TE = logits_TE.softmax(dim=1)
+        weights_TK, ids_TK = best(probs_TE, self.k)
+        weights_TK = weights_TK.masked_fill(ids_TK == self.num_experts, 0)
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        routing = from_topk(ids_TK, weights_TK, num_experts=self.num_experts, identity_ids=(self.num_experts + 1,))
+        routing = self._add_constants(routing, x_TD, ids_TK, weights_TK)
+        return Routed(routing=routing, scores_TE=probs_TE, loss=self._loss(probs_TE, ids_TK), state_TS=logits_TE)
+
+    def _add_constants(self, routing: Routing, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Routing:
+        mix_TN2 = steady_mm(x_TD.float(), self.mix_ND).view(-1, self.constants, 2).softmax(dim=2)
+        numbers_N = torch.arange(self.constants, device=x_TD.device) + self.num_experts + 2
+        weight_TN = (weights_TK[:, :, None] * (ids_TK[:, :, None] == numbers_N)).sum(dim=1)
+        copy_T = (weight_TN * mix_TN2[:, :, 0]).sum(dim=1)
+        add_TD = ((weight_TN * mix_TN2[:, :, 1])[:, :, None] * self.constant_ND).sum(dim=1)
+        return replace(routing, copy_T=copy_T if routing.copy_T is None else routing.copy_T + copy_T, add_TD=add_TD)
+
+    def _loss(self, probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """Balance that asks less of zero-cost experts by the factor tau."""
+        if len(ids_TK) == 0:
+            return probs_TE.sum()
+        share_E = torch.bincount(ids_TK.reshape(-1), minlength=probs_TE.shape[1]) / ids_TK.shape[0]
+        beta_E = torch.ones_like(share_E)
+        beta_E[self.num_experts :] = self.tau
+        return self.balance * (beta_E * share_E * probs_TE.mean(dim=0)).sum()

@@ -1,0 +1,97 @@
+"""Expert weights in 8 or 4 bits, and how far off they are.
+
+Legend: E experts, N outputs, K inputs, G groups of inputs that share a scale. A code c stands for (c - zero) * scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from collegium_kernels.errors import KernelInputError, require
+
+# Inputs are filled up to whole vectors of activations.
+MULTIPLE = 32
+# 255 x 127 x this many still fits the kernels' 32-bit sums.
+MOST_INPUTS = 65536
+# Weights quantised at once: bounds the memory that the search takes.
+ELEMENTS = 1 << 22
+# For 4 bits a scale below the one that reaches the largest weight often fits the group better.
+SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantised:
+    """Codes of (E, N, K) weights. K is filled up; ``inputs`` is the true one. ``group`` 0 means a scale a row."""
+
+    codes_ENK: Tensor
+    scales_ENG: Tensor
+    bits: int
+    group: int
+    inputs: int
+
+    @property
+    def zero(self) -> int:
+        return 1 << (self.bits - 1)
+
+    @property
+    def span(self) -> int:
+        """Inputs that share a scale."""
+        return self.group or self.codes_ENK.shape[2]
+
+    def dequantise(self) -> Tensor:
+        """The weights these codes stand for, in fp32."""
+        E, N, K = self.codes_ENK.shape
+        grouped = (self.codes_ENK.float() - self.zero).view(E, N, K // self.span, self.span)
+        whole = (grouped * self.scales_ENG.float()[..., None]).view(E, N, K)
+        return whole[:, :, : self.inputs]
+
+
+def quantise(w_ENK: Tensor, *, bits: int, group: int) -> Quantised:
+    """Symmetric codes with bf16 scales; the codes are made for the rounded scale, so rounding it costs nothing more."""
+    require(w_ENK.dim() == 3, "w_ENK", w_ENK, "three dimensions (experts, outputs, inputs)")
+    require(w_ENK.is_floating_point(), "w_ENK", w_ENK, "a floating-point dtype")
+    if bits not in SHRINK:
+        raise KernelInputError(f"bits {bits} is not one of 4, 8.")
+    if group not in (0, 32, 64, 128):
+        raise KernelInputError(f"group {group} is not one of 0 (the whole row), 32, 64, 128.")
+    K = w_ENK.shape[2]
+    require(group > 0 or K <= MOST_INPUTS, "w_ENK", w_ENK, f"at most {MOST_INPUTS} inputs, or a group")
+    filled = functional.pad(w_ENK.float(), (0, -K % (group or MULTIPLE)))
+    some = max(1, ELEMENTS // max(1, filled[:1].numel()))
+    pairs = [
+        _quantise_experts(filled[e : e + some], bits, group or filled.shape[2]) for e in range(0, len(filled), some)
+    ]
+    codes, scales = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return Quantised(codes_ENK=codes, scales_ENG=scales, bits=bits, group=group, inputs=K)
+
+
+def relative_error(w_ENK: Tensor, quantised: Quantised) -> float:
+    """The Frobenius norm of the difference over that of the weights."""
+    return float((quantised.dequantise() - w_ENK.float()).norm() / w_ENK.float().norm().clamp(min=1e-30))
+
+
+def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as the kernels see them: whole numbers in [-127, 127] as fp32, and one scale a row."""
+    top_T1 = x_TK.float().abs().amax(dim=1, keepdim=True) if x_TK.shape[1] else x_TK.new_zeros(len(x_TK), 1).float()
+    scale_T1 = torch.where(top_T1.isfinite(), top_T1 / 127, torch.nan)
+    codes_TK = (x_TK.float() * torch.where(scale_T1 > 0, 1 / scale_T1, 0)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+    return codes_TK, scale_T1
+
+
+def _quantise_experts(w_ENK: Tensor, bits: int, span: int) -> tuple[Tensor, Tensor]:
+    zero = 1 << (bits - 1)
+    grouped = w_ENK.reshape(*w_ENK.shape[:2], -1, span)
+    top = grouped.abs().amax(dim=3)
+    best_error = torch.full_like(top, torch.inf)
+    codes, scales = torch.full_like(grouped, float(zero)), torch.zeros_like(top)
+    for shrink in SHRINK[bits]:
+        scale = (top * shrink / (zero - 1)).bfloat16().float()
+        tried = (grouped / torch.where(scale > 0, scale, 1)[..., None]).round().clamp(-zero, zero - 1)
+        error = (tried * scale[..., None] - grouped).square().sum(dim=3)
+        better = (error < best_error) | error.isnan()
+        best_error = torch.where(better, error, best_error)
+        codes = torch.where(better[..., None], tried.nan_to_num(0) + zero, codes)
+        scales = torch.where(better, scale, scales)
+    return codes.to(torch.uint8).flatten(2), scales.bfloat16()

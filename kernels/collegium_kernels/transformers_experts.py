@@ -1,0 +1,44 @@
+"""Our experts in transformers: ``from_pretrained(..., experts_implementation="collegium_int8")`` after ``register()``.
+
+Legend: T tokens, D width, K slots.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from collegium_kernels.backends import Precision
+from collegium_kernels.moe import FusedMoE
+from collegium_kernels.ragged import rectangular
+
+NAMES: dict[str, Precision] = {"collegium": "native", "collegium_int8": "int8", "collegium_int4": "int4"}
+PACKED = "_collegium_packed"
+
+
+def register() -> None:
+    """Add the names to transformers' registry of experts. Doing it again changes nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    for name, precision in NAMES.items():
+        ALL_EXPERTS_FUNCTIONS.register(name, forward_for(precision))
+
+
+def forward_for(precision: Precision) -> Any:
+    """What transformers calls with a module of experts; it packs their weights at the first call."""
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if PACKED not in self.__dict__:
+            self.__dict__[PACKED] = _pack(self, precision)
+        moe: FusedMoE = self.__dict__[PACKED]
+        return moe(hidden_states, rectangular(top_k_index, top_k_weights, num_experts=moe.num_experts))
+
+    return forward
+
+
+def _pack(module: Any, precision: Precision) -> FusedMoE:
+    activation = type(module.act_fn).__name__.lower()
+    if module.is_transposed or module.has_bias or not module.has_gate or "silu" not in activation:
+        raise ValueError(
+            f"{type(module).__name__} are not plain SwiGLU experts with weights (E, 2 F, D) and (E, D, F)."
+        )
+    return FusedMoE(module.gate_up_proj.data, module.down_proj.data, precision=precision)

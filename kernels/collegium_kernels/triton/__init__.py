@@ -1,0 +1,1 @@
+"""Experts on CUDA in Triton. Importing this package does not import triton; its kernels.py does."""

@@ -1,0 +1,132 @@
+"""What every gate must do, run over the registry."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from collegium_kernels import gates
+from collegium_kernels.gates.base import Context, Routed
+from collegium_kernels.gates.table import table
+from collegium_kernels.moe import MoELayer, SwiGLUExperts
+from collegium_kernels.ragged import check_routing
+from collegium_kernels.reference import reference_moe, swiglu
+from torch import nn
+
+D, E, F, V = 12, 8, 6, 50
+NEED_TOKEN_IDS = {"stable_moe", "hash", "read_me", "mowe", "mask_moe"}
+OPTIONS: dict[str, dict[str, Any]] = {name: {"vocab_size": V} for name in NEED_TOKEN_IDS - {"mowe"}}
+OPTIONS["mowe"] = {"routing_vocab": V}
+# Their routing is drawn or looked up, so no gradient reaches it.
+WITHOUT_GRADIENT = {"hash", "thor", "mowe"}
+# Weights that do not sum to 1 by definition: raw probabilities, ReLU, zero experts, own softmax for each choice.
+NOT_NORMALISED = {
+    "switch", "deepseek", "expert_choice", "remoe", "top_p", "xmoe", "adaptive", "da_moe",
+    "read_me", "smile", "sparse_mixer", "moe_plus_plus", "mask_moe", "adamoe",
+}  # fmt: skip
+# A sequence model: its decision for a token reads the tokens before it.
+READS_THE_SEQUENCE = {"read_me"}
+NAMES = sorted(gates.GATES)
+
+
+def make(name: str) -> nn.Module:
+    module: nn.Module = gates.load(name)(D, E, **OPTIONS.get(name, {}))
+    return module.eval()
+
+
+def context(name: str, ids: torch.Tensor) -> Context:
+    importance = (ids % 7 + 1) / 7
+    return Context(token_ids_T=ids, importance_T=importance, generator=torch.Generator().manual_seed(5))
+
+
+def run(name: str, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> Routed:
+    routed: Routed = gate(x, context(name, ids))
+    return routed
+
+
+def token_choice() -> list[str]:
+    return [n for n in NAMES if not gates.card(n).batch_dependent]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("T", [0, 1, 2, 9, 65])
+def test_shapes_bounds_and_finite(name: str, T: int) -> None:
+    routed = run(name, make(name), torch.randn(T, D), torch.randint(0, V, (T,)))
+    check_routing(routed.routing, num_tokens=T, num_experts=E)
+    assert routed.scores_TE.shape[0] == T
+    assert routed.routing.weights_P.isfinite().all()
+    assert routed.loss.isfinite()
+    assert routed.loss.dim() == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(token_choice()) - READS_THE_SEQUENCE))
+def test_token_order_does_not_matter(name: str) -> None:
+    gate, x, ids, order = make(name), torch.randn(33, D), torch.randint(0, V, (33,)), torch.randperm(33)
+    plain, mixed = run(name, gate, x, ids), run(name, gate, x[order], ids[order])
+    assert torch.equal(plain.routing.dense_TE()[order], mixed.routing.dense_TE())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_tokens_change_nothing_unless_the_card_says_so(name: str) -> None:
+    gate, x, ids = make(name), torch.randn(33, D), torch.randint(0, V, (33,))
+    others = torch.cat([x[:4], 3 * torch.randn(29, D)])
+    one, two = run(name, gate, x, ids), run(name, gate, others, ids)
+    alone = run(name, gate, x[:4], ids[:4])
+    same = torch.equal(one.routing.dense_TE()[:4], two.routing.dense_TE()[:4])
+    same &= torch.equal(one.routing.dense_TE()[:4], alone.routing.dense_TE()) or name in READS_THE_SEQUENCE
+    assert same is not gates.card(name).batch_dependent
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_NORMALISED - {"stable_moe", "expert_choice"}))
+def test_identical_experts_are_one_feed_forward_network(name: str) -> None:
+    layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F)), torch.randn(9, D), torch.randint(0, V, (9,))
+    with torch.no_grad():
+        for weight in layer.experts.parameters():
+            weight.copy_(weight[:1].expand_as(weight).clone())
+    got, _ = layer(x, context(name, ids))
+    wanted = torch.stack([swiglu(t, layer.experts.w_gate_up_EGD[0], layer.experts.w_down_EDF[0]) for t in x])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layer_equals_the_dense_loop(name: str) -> None:
+    layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F)), torch.randn(9, D), torch.randint(0, V, (9,))
+    got, routed = layer(x, context(name, ids))
+    weights = layer.experts.w_gate_up_EGD, layer.experts.w_down_EDF
+    torch.testing.assert_close(got, reference_moe(x, *weights, routed.routing), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - WITHOUT_GRADIENT))
+def test_gradient_reaches_the_router(name: str) -> None:
+    layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F)), torch.randn(19, D), torch.randint(0, V, (19,))
+    layer.train()
+    y, _ = layer(x, context(name, ids))
+    y.square().sum().backward()
+    grads = [p.grad for p in layer.gate.parameters() if p.grad is not None]
+    assert grads
+    assert any(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))
+def test_a_missing_token_id_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="token_ids_T"):
+        make(name)(torch.randn(2, D), Context())
+
+
+def test_every_name_in_the_registry_loads_and_has_a_card() -> None:
+    for name in (*gates.GATES, *gates.OTHERS):
+        assert callable(gates.load(name))
+        assert gates.card(name).source.startswith("arXiv ")
+    assert set(gates.GATES) & set(gates.OTHERS) == set()
+
+
+def test_every_gate_file_is_in_the_registry() -> None:
+    folder = Path(gates.__file__).parent
+    helpers = {"__init__", "base", "table", "smooth_step"}
+    files = {p.stem for p in folder.glob("*.py")} - helpers
+    assert files == {target.partition(":")[0] for target in (gates.GATES | gates.OTHERS).values()}
+
+
+def test_the_table_in_the_docs_is_the_registry() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "gates.md"
+    assert docs.read_text() == table(), "run: python -m collegium_kernels.gates.table > docs/gates.md"

@@ -1,0 +1,275 @@
+"""Each token-choice gate's own test: the numbers its paper's formula gives by hand."""
+
+import math
+
+import pytest
+import torch
+from collegium_kernels.gates import losses
+from collegium_kernels.gates.base import Context
+from collegium_kernels.gates.deepseek import DeepSeekGate, SharedExpert
+from collegium_kernels.gates.dynmoe import DynMoEGate
+from collegium_kernels.gates.expert_choice import ExpertChoiceGate
+from collegium_kernels.gates.gshard import GShardGate
+from collegium_kernels.gates.hashed import HashGate, balanced_table
+from collegium_kernels.gates.mask_moe import MaskMoEGate
+from collegium_kernels.gates.mixtral import MixtralGate
+from collegium_kernels.gates.mowe import WordGate
+from collegium_kernels.gates.remoe import ReMoEGate
+from collegium_kernels.gates.stable_moe import StableMoEGate
+from collegium_kernels.gates.switch import SwitchGate
+from collegium_kernels.gates.thor import RandomGate, consistency_loss
+from collegium_kernels.gates.yuan import YuanGate
+from collegium_kernels.moe import MoELayer, SwiGLUExperts
+from collegium_kernels.ragged import from_topk
+from torch import Tensor
+
+NOTHING = Context()
+
+
+def identity_gate(gate: torch.nn.Module, E: int) -> torch.nn.Module:
+    """The gate whose logits are its input."""
+    with torch.no_grad():
+        gate.weight_ED.copy_(torch.eye(gate.weight_ED.shape[0], E))
+    return gate.eval()
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+# Switch
+
+
+def test_switch_drops_what_exceeds_the_capacity_and_nothing_by_default() -> None:
+    x = torch.tensor([[3.0, 0.0]]).repeat(4, 1)
+    full = identity_gate(SwitchGate(2, 2, capacity_factor=1.0), 2)
+    assert full(x, NOTHING).routing.counts_T().tolist() == [1, 1, 0, 0]
+    layer = MoELayer(full, SwiGLUExperts(2, 2, 3))
+    assert (layer(x)[0][2:] == 0).all()
+    assert identity_gate(SwitchGate(2, 2), 2)(x, NOTHING).routing.counts_T().tolist() == [1, 1, 1, 1]
+
+
+def test_switch_weight_is_the_probability_and_even_load_costs_alpha() -> None:
+    gate = identity_gate(SwitchGate(2, 2, z=0.0), 2)
+    routed = gate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), NOTHING)
+    torch.testing.assert_close(routed.routing.weights_P, torch.full((2,), math.e / (1 + math.e)))
+    even = from_topk(torch.tensor([[0], [1]]), torch.ones(2, 1), num_experts=2)
+    torch.testing.assert_close(losses.balance_loss(torch.full((2, 2), 0.5), even), torch.tensor(1.0))
+
+
+def test_switch_jitters_only_in_training() -> None:
+    gate, x = SwitchGate(4, 4, jitter=0.1), torch.randn(5, 4)
+    gate.eval()
+    assert torch.equal(gate(x, NOTHING).scores_TE, gate(x, NOTHING).scores_TE)
+    gate.train()
+    assert not torch.equal(gate(x, NOTHING).scores_TE, gate(x, NOTHING).scores_TE)
+
+
+# Top-2
+
+
+def test_top2_before_and_after_the_softmax() -> None:
+    z = torch.tensor([[2.0, 1.0, 0.0]])
+    pre = identity_gate(MixtralGate(3, 3, order="pre", renormalise=False), 3)(z, NOTHING)
+    torch.testing.assert_close(pre.routing.weights_P, torch.tensor([0.665, 0.245]), atol=5e-4, rtol=0)
+    for gate in (MixtralGate(3, 3, order="pre"), MixtralGate(3, 3), GShardGate(3, 3)):
+        weights = identity_gate(gate, 3)(z, NOTHING).routing.weights_P
+        torch.testing.assert_close(weights, torch.tensor([0.731, 0.269]), atol=5e-4, rtol=0)
+
+
+def test_gshard_keeps_the_second_expert_in_proportion_to_its_weight() -> None:
+    gate = identity_gate(GShardGate(2, 2), 2).train()
+    x = logits_of(0.9, 0.1).repeat(4000, 1)
+    counts = gate(x, Context(generator=torch.Generator().manual_seed(0))).routing.counts_T()
+    assert float((counts == 2).float().mean()) == pytest.approx(0.2, abs=0.03)
+
+
+def test_gshard_fills_capacity_with_first_choices_first() -> None:
+    gate = identity_gate(GShardGate(2, 2, capacity_factor=0.5), 2)
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    routing = gate(x, NOTHING).routing
+    assert routing.counts_T().tolist() == [1, 1, 1, 1]
+    assert routing.expert_ids_P.tolist() == [0, 0, 1, 1]
+
+
+# DeepSeekMoE
+
+
+def test_deepseek_has_more_combinations_at_the_same_work() -> None:
+    assert math.comb(16, 2) == 120
+    assert math.comb(64, 8) == 4_426_165_368
+    coarse, fine = SwiGLUExperts(16, 8, 32), SwiGLUExperts(64, 8, 8)
+    assert sum(p.numel() for p in coarse.parameters()) == sum(p.numel() for p in fine.parameters())
+    assert 2 * coarse.w_down_EDF[0].numel() == 8 * fine.w_down_EDF[0].numel()
+
+
+def test_deepseek_balance_is_alpha_when_even_and_weights_are_raw_probabilities() -> None:
+    gate = identity_gate(DeepSeekGate(4, 4, k=2, balance=0.01, device_balance=0.05, devices=2), 4)
+    even = gate(torch.eye(4)[[0, 1, 2, 3]] + torch.eye(4)[[1, 2, 3, 0]], NOTHING)
+    torch.testing.assert_close(even.loss, torch.tensor(0.01 + 0.05))
+    assert (even.routing.dense_TE().sum(1) < 1).all()
+
+
+def test_a_shared_expert_is_added_to_every_token() -> None:
+    shared, x = SharedExpert(8, 6), torch.randn(5, 8)
+    gate, experts = DeepSeekGate(8, 4, k=2).eval(), SwiGLUExperts(4, 8, 6)
+    with_shared, without = MoELayer(gate, experts, shared)(x)[0], MoELayer(gate, experts)(x)[0]
+    torch.testing.assert_close(with_shared, without + shared(x))
+
+
+# Yuan
+
+
+def test_yuan_breaks_ties_by_the_lowest_id() -> None:
+    gate = YuanGate(6, 4).eval()
+    with torch.no_grad():
+        gate.weight_qkv[4:8] = 0
+    routed = gate(torch.randn(5, 6), NOTHING)
+    torch.testing.assert_close(routed.scores_TE, torch.full((5, 4), 0.25))
+    assert (routed.routing.expert_ids_P.view(5, 2) == torch.tensor([0, 1])).all()
+
+
+def test_yuan_scores_are_attention_over_experts() -> None:
+    gate, x = YuanGate(6, 3).eval(), torch.randn(1, 6)
+    q, k, v = (gate.weight_qkv @ x[0]).chunk(3)
+    z = torch.stack([(q[i] * k).softmax(0) @ v for i in range(3)])
+    torch.testing.assert_close(gate(x, NOTHING).scores_TE[0], z.softmax(0))
+
+
+# Expert choice
+
+
+def test_expert_choice_gives_every_expert_the_same_number_of_tokens() -> None:
+    gate, x = ExpertChoiceGate(8, 4, capacity_factor=2.0).eval(), torch.randn(10, 8)
+    routed = gate(x, NOTHING)
+    assert torch.bincount(routed.routing.expert_ids_P, minlength=4).tolist() == [5, 5, 5, 5]
+    changed = x.clone()
+    changed[9] += 5
+    assert not torch.equal(gate(changed, NOTHING).routing.dense_TE()[:9], routed.routing.dense_TE()[:9])
+
+
+# StableMoE
+
+
+def test_stable_moe_routes_by_token_id_in_stage_two() -> None:
+    gate = StableMoEGate(8, 4, vocab_size=10)
+    ids = torch.tensor([3, 1, 3, 3, 1])
+    gate.freeze()
+    routed = gate(torch.randn(5, 8), Context(token_ids_T=ids))
+    experts = routed.routing.expert_ids_P
+    assert experts[0] == experts[2] == experts[3]
+    assert experts[1] == experts[4]
+    assert float(routed.loss) == 0
+    assert not gate.embedding.weight.requires_grad
+    assert not gate.light_ES.requires_grad
+
+
+def test_stable_moe_keeps_the_rest_of_the_token() -> None:
+    gate = StableMoEGate(8, 4, vocab_size=10)
+    routing = gate(torch.randn(5, 8), Context(token_ids_T=torch.arange(5))).routing
+    torch.testing.assert_close(routing.weights_P + routing.copy_T, torch.ones(5))
+
+
+# Hash, THOR, MoWE, MaskMoE
+
+
+@pytest.mark.parametrize(("vocab", "bound"), [(1000, 1.08), (10000, 1.01)])
+def test_balanced_hash_is_even_on_zipf_frequencies(vocab: int, bound: float) -> None:
+    frequency = 1 / torch.arange(1, vocab + 1)
+    load = torch.zeros(8).index_add(0, balanced_table(frequency, 8), frequency)
+    assert float(load.max() / load.mean()) <= bound
+    random = torch.zeros(8).index_add(0, HashGate(4, 8, vocab_size=vocab).table_V, frequency)
+    assert float(random.max() / random.mean()) > 1.15
+
+
+def test_hash_reads_only_the_token_id() -> None:
+    gate, ids = HashGate(4, 8, vocab_size=20), torch.arange(20)
+    one, two = (gate(torch.randn(20, 4), Context(token_ids_T=ids)).routing.expert_ids_P for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_thor_with_identical_experts_has_no_divergence() -> None:
+    logits, labels = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    alone = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(consistency_loss(logits, logits, labels), 2 * alone)
+    assert consistency_loss(logits, logits.flip(1), labels) > consistency_loss(logits, logits.flip(1), labels, alpha=0)
+
+
+def test_thor_draws_different_experts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate = RandomGate(4, 8)
+    drawn = {int(gate(torch.randn(1, 4), Context(generator=generator)).routing.expert_ids_P) for _ in range(50)}
+    assert len(drawn) == 8
+
+
+def test_word_experts_are_fixed_and_never_read_a_later_token() -> None:
+    gate = WordGate(4, 8, routing_vocab=1 << 16, ngram=2)
+    ids = torch.tensor([5, 9, 5, 9, 7])
+    words = gate.routing_ids(ids)
+    assert words[1] == words[3]
+    assert torch.equal(gate.routing_ids(ids[:3]), words[:3])
+    assert len(set(gate.routing_ids(torch.arange(1000)).tolist())) > 950
+
+
+def test_mask_moe_shows_one_expert_to_rare_words_and_all_to_frequent_ones() -> None:
+    rare = torch.arange(20) >= 10
+    gate = MaskMoEGate(6, 4, rare_V=rare).eval()
+    assert gate.visible_VE.sum(1).tolist() == [4] * 10 + [1] * 10
+    same = torch.full((60,), 15)
+    assert len(gate(torch.randn(60, 6), Context(token_ids_T=same)).routing.expert_ids_P.unique()) == 1
+    assert len(gate(torch.randn(60, 6), Context(token_ids_T=same - 15)).routing.expert_ids_P.unique()) > 1
+
+
+# ReMoE, DynMoE
+
+
+def test_remoe_trains_to_k_active_experts() -> None:
+    gate = ReMoEGate(16, 16, k=2, penalty=1e-3)
+    teacher = torch.randn(16, 16) / 4
+    optimiser = torch.optim.SGD(gate.parameters(), lr=0.3)
+    active = []
+    for _ in range(250):
+        tokens = torch.cat([torch.randn(64, 15), torch.ones(64, 1)], dim=1)
+        routed = gate(tokens, NOTHING)
+        keep_useful = (routed.scores_TE - (tokens @ teacher).relu()).square().mean()
+        optimiser.zero_grad()
+        (keep_useful + routed.loss).backward()
+        optimiser.step()
+        gate.control(routed.routing)
+        active.append(routed.routing.num_pairs / 64)
+    assert active[0] > 4
+    assert sum(active[-100:]) / 100 == pytest.approx(2, rel=0.1)
+
+
+def test_remoe_raises_the_penalty_only_while_too_many_are_active() -> None:
+    gate = ReMoEGate(4, 4, k=1, penalty=1.0)
+    dense = from_topk(torch.arange(4).repeat(2, 1), torch.ones(2, 4), num_experts=4)
+    gate.control(dense)
+    assert float(gate.penalty) == pytest.approx(1.2)
+    gate.control(from_topk(torch.tensor([[0], [-1]]), torch.ones(2, 1), num_experts=4))
+    assert float(gate.penalty) == pytest.approx(1.0)
+
+
+def test_dynmoe_adds_an_expert_for_orphans_and_drops_the_dead() -> None:
+    gate = DynMoEGate(4, 3)
+    with torch.no_grad():
+        gate.weight_ED.copy_(torch.eye(3, 4))
+        gate.threshold_E.fill_(0.5)
+    tokens = torch.cat([torch.eye(4)[[0, 0, 1]], 2 * torch.eye(4)[[3, 3]]])
+    kept, added = gate.adapt(tokens)
+    assert kept.tolist() == [0, 1]
+    assert added
+    assert gate.num_experts == 3
+    torch.testing.assert_close(gate.weight_ED[2], torch.eye(4)[3])
+    assert gate.threshold_E[2].item() == 0
+
+
+def test_dynmoe_averages_and_never_leaves_a_token_alone() -> None:
+    gate = DynMoEGate(4, 3).eval()
+    with torch.no_grad():
+        gate.threshold_E.fill_(5.0)
+    routing = gate(torch.randn(6, 4), NOTHING).routing
+    assert routing.counts_T().tolist() == [1] * 6
+    with torch.no_grad():
+        gate.threshold_E.fill_(-5.0)
+    torch.testing.assert_close(gate(torch.randn(6, 4), NOTHING).routing.weights_P, torch.full((18,), 1 / 3))

@@ -1,0 +1,83 @@
+"""Bad ids in a process of their own, and the C++ under the sanitizers: an answer or an exception, never a crash."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from collegium_kernels.cpu.build import FOLDER, find_compiler
+from collegium_kernels.errors import KernelInputError
+from collegium_kernels.ragged import from_topk
+
+SCRIPT = """
+import torch
+from collegium_kernels.moe import FusedMoE
+from collegium_kernels.ragged import from_topk, static_from_topk
+torch.manual_seed(0)
+wild = [-1, -2**40, 4, 5, 2**31, 2**32, 2**32 + 1, 2**62, 0, 3]
+ids = torch.tensor(wild).view(-1, 1)
+kinds = ("float32", "native"), ("bfloat16", "native"), ("float32", "int8"), ("bfloat16", "int4")
+for name, precision in kinds:
+    dtype = getattr(torch, name)
+    moe = FusedMoE(torch.randn(4, 64, 64).to(dtype), torch.randn(4, 64, 32).to(dtype), precision=precision)
+    x = torch.randn(10, 64).to(dtype)
+    for make in (from_topk, static_from_topk):
+        y = moe(x, make(ids, torch.ones(10, 1), num_experts=4))
+        assert y[:8].abs().sum() == 0, (precision, y[:8])
+        assert y[8:].isfinite().all() and y[8:].abs().sum() > 0
+    for some in (ids[:0], ids[:3, :0]):
+        more = from_topk(some, torch.ones(some.shape), num_experts=4)
+        assert moe(x[: more.num_tokens], more).abs().sum() == 0
+print("alive")
+"""
+
+
+def test_wild_ids_in_every_backend_leave_the_process_alive() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=300, env=_env()
+    )
+    assert done.stdout.strip().endswith("alive"), done.stderr[-2000:]
+
+
+def _env() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_every_integer_dtype_is_an_id(dtype: torch.dtype) -> None:
+    routing = from_topk(torch.tensor([[1, -1], [7, 0]], dtype=dtype), torch.ones(2, 2), num_experts=4)
+    assert routing.expert_ids_P.tolist() == [1, 0]
+    assert routing.expert_ids_P.dtype == torch.int64
+
+
+def test_sizes_past_32_bits_stay_shapes() -> None:
+    """Nothing here narrows a size: experts of more than 2^31 numbers are described, not wrapped."""
+    from collegium_kernels.backends import ExpertWeights
+
+    big = ExpertWeights(
+        gate_up_EGD=torch.empty(256, 2 * 8192, 8192, device="meta"),
+        down_EDF=torch.empty(256, 8192, 8192, device="meta"),
+    )
+    assert big.gate_up_EGD.numel() > 2**31
+    assert big.shape == (256, 8192, 8192)
+    with pytest.raises(KernelInputError, match=r"w_down_EDF of shape \(256, 8192, 4096\)"):
+        ExpertWeights(gate_up_EGD=big.gate_up_EGD, down_EDF=torch.empty(256, 8192, 4096, device="meta"))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    driver, made = Path(__file__).with_name("sanitize.cpp"), tmp_path / "sanitize"
+    flags = ["-O1", "-g", "-std=c++17", "-pthread", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compiled = subprocess.run(
+        [str(find_compiler()), *flags, f"-I{FOLDER}", str(driver), "-o", str(made)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    if compiled.returncode != 0 and "asan" in compiled.stderr:
+        pytest.skip("the compiler has no sanitizer library")
+    assert compiled.returncode == 0, compiled.stderr[-2000:]
+    done = subprocess.run([str(made)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "160 calls"

@@ -1,0 +1,178 @@
+"""Building the library, falling back without it, and vLLM's bf16 kernel behind its self-test."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from collegium_kernels.backends import ExpertWeights, choose
+from collegium_kernels.cpu import vllm_bf16
+from collegium_kernels.cpu.backend import CpuBackend
+from collegium_kernels.cpu.build import build, cache_folder, find_compiler
+from collegium_kernels.cpu.emulated import emulated_moe
+from collegium_kernels.cpu.native import NativeMoE
+from collegium_kernels.cpu.pack import pack
+from collegium_kernels.errors import BackendUnavailable, KernelInputError
+from collegium_kernels.moe import FusedMoE
+from collegium_kernels.quant import quantise, quantise_rows
+from collegium_kernels.ragged import Routing, from_topk, rectangular, static_from_topk
+from collegium_kernels.reference import reference_moe
+
+Make = Callable[..., Any]
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+PRECISIONS = ["int8", "int4"]
+
+
+@pytest.fixture(scope="session")
+def folder(user_cache: None) -> Path:
+    return cache_folder()
+
+
+def backend(way: str, folder: Path) -> CpuBackend:
+    if way == "emulated":
+        return CpuBackend(compiler=None)
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return CpuBackend(folder=folder, portable=way == "portable")
+
+
+def weights_of(gate_up: torch.Tensor, down: torch.Tensor, precision: Any = "int8", group: int = 128) -> ExpertWeights:
+    return ExpertWeights(gate_up_EGD=gate_up, down_EDF=down, precision=precision, group=group)
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+
+
+# Building and falling back
+
+
+@needs_compiler
+def test_the_library_is_built_once(folder: Path) -> None:
+    compiler = find_compiler()
+    assert compiler is not None
+    first = build(compiler, folder)
+    stamp = first.stat().st_mtime_ns
+    assert build(compiler, folder) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert build(compiler, folder, extra_flags=("-O0",)) != first
+
+
+def test_a_compiler_that_fails_is_quoted_and_the_backend_falls_back(tmp_path: Path, make_experts: Make) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'no room at the inn' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(BackendUnavailable, match="no room at the inn"):
+        build(str(broken), tmp_path / "cache")
+    fallback = CpuBackend(compiler=str(broken), folder=tmp_path / "cache")
+    assert "emulated in torch: " in fallback.how(weights_of(*make_experts(2, 32, 32)))
+
+
+def test_without_a_compiler_it_says_so_and_still_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_experts: Make, make_routing: Make
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    moe = FusedMoE(*make_experts(3, 32, 32), precision="int4", group=32)
+    assert "emulated in torch: no C++ compiler on PATH" in moe.explain()
+    assert moe(torch.randn(5, 32), make_routing(5, 3)).isfinite().all()
+
+
+def test_a_file_that_is_no_library_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "moe.so").write_text("nothing")
+    with pytest.raises(BackendUnavailable, match="Delete it"):
+        NativeMoE(tmp_path / "moe.so")
+
+
+@needs_compiler
+def test_the_library_checks_the_row_pointers_itself(folder: Path, make_experts: Make) -> None:
+    gate_up, down = (quantise(w, bits=8, group=32) for w in make_experts(2, 32, 32))
+    native = NativeMoE(build(str(find_compiler()), folder))
+    bad = Routing(
+        indptr_T1=torch.tensor([0, 9, 2]), expert_ids_P=torch.tensor([0, 1]), weights_P=torch.ones(2), num_experts=2
+    )
+    with pytest.raises(KernelInputError, match="indptr_T1"):
+        native(
+            torch.randn(2, 32),
+            pack(gate_up, gate_up=True),
+            pack(down, gate_up=False),
+            bad,
+            expert_width=32,
+            num_experts=2,
+        )
+    wild = Routing(
+        indptr_T1=torch.tensor([0, 1, 2]), expert_ids_P=torch.tensor([-5, 77]), weights_P=torch.ones(2), num_experts=2
+    )
+    packed = pack(gate_up, gate_up=True), pack(down, gate_up=False)
+    assert (native(torch.randn(2, 32), *packed, wild, expert_width=32, num_experts=2) == 0).all()
+
+
+def test_explain_and_gradients(make_experts: Make, make_routing: Make) -> None:
+    moe = FusedMoE(*make_experts(3, 32, 32), precision="int8")
+    assert moe.explain().startswith("cpu: chosen, int8 ")
+    with pytest.raises(KernelInputError, match="no gradients"):
+        moe(torch.randn(5, 32, requires_grad=True), make_routing(5, 3))
+    with torch.no_grad():
+        moe(torch.randn(5, 32, requires_grad=True), make_routing(5, 3))
+
+
+# bf16 in vLLM's kernel
+
+
+def needs_vllm(D: int, F: int) -> None:
+    reason = vllm_bf16.why_not(weights_of(torch.zeros(1, 2 * F, D).bfloat16(), torch.zeros(1, D, F).bfloat16()))
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("T", [0, 1, 9, 65])
+def test_bf16_kernel_equals_the_reference(T: int, make_experts: Make, make_routing: Make) -> None:
+    needs_vllm(64, 32)
+    x, (gate_up, down) = torch.randn(T, 64).bfloat16(), make_experts(5, 64, 32, torch.bfloat16)
+    moe = FusedMoE(gate_up, down)
+    assert "vLLM's bf16 kernel" in moe.explain()
+    ids = torch.rand(T, 5).argsort(1)[:, :2]
+    for routing in (make_routing(T, 5, drop=0.3), rectangular(ids, torch.rand(T, 2), num_experts=5)):
+        assert off(moe(x, routing), reference_moe(x, gate_up, down, routing)) <= 0.006
+
+
+def test_bf16_kernel_is_steady_and_takes_every_kind_of_routing(make_experts: Make) -> None:
+    needs_vllm(64, 32)
+    x, (gate_up, down) = torch.randn(33, 64).bfloat16(), make_experts(5, 64, 32, torch.bfloat16)
+    moe, ids, weights = FusedMoE(gate_up, down), torch.randint(-1, 7, (33, 3)), torch.rand(33, 3)
+    for make in (from_topk, static_from_topk):
+        whole = moe(x, make(ids, weights, num_experts=5, identity_ids=(5,)))
+        for some in (slice(0, 1), slice(4, 13)):
+            alone = moe(x[some].clone(), make(ids[some], weights[some], num_experts=5, identity_ids=(5,)))
+            assert torch.equal(alone, whole[some])
+    exact, static = (make(ids, weights, num_experts=5) for make in (from_topk, static_from_topk))
+    assert torch.equal(moe(x, exact), moe(x, static))
+
+
+def test_bf16_widths_it_cannot_take_go_to_torch(make_experts: Make) -> None:
+    choice = choose(weights_of(*make_experts(2, 33, 16, torch.bfloat16), precision="native"))
+    assert choice.backend.name == "torch"
+    assert "multiples of 32" in str(choice)
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch, make_experts: Make) -> None:
+    needs_vllm(64, 32)
+    real = vllm_bf16._kernel
+    monkeypatch.setattr(vllm_bf16, "_kernel", lambda *args: real(*args) * 1.05)
+    choice = choose(weights_of(*make_experts(2, 64, 32, torch.bfloat16), precision="native"))
+    assert choice.backend.name == "torch"
+    assert "in the self-test" in str(choice)
+
+
+def test_emulation_is_its_own_definition(make_experts: Make, make_routing: Make) -> None:
+    x, (gate_up, down), routing = torch.randn(6, 40), make_experts(3, 40, 24), make_routing(6, 3)
+    q1, q2 = quantise(gate_up, bits=8, group=0), quantise(down, bits=8, group=0)
+    codes, scale = quantise_rows(x)
+    wanted = torch.zeros_like(x)
+    for t in range(6):
+        for p in range(int(routing.indptr_T1[t]), int(routing.indptr_T1[t + 1])):
+            e = int(routing.expert_ids_P[p])
+            gate, up = (q1.dequantise()[e] @ codes[t] * scale[t]).chunk(2)
+            hidden, hidden_scale = quantise_rows((torch.nn.functional.silu(gate) * up)[None])
+            wanted[t] += routing.weights_P[p] * (q2.dequantise()[e] @ hidden[0] * hidden_scale[0])
+    torch.testing.assert_close(emulated_moe(x, q1, q2, routing), wanted, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,117 @@
+"""Our experts inside transformers and inside vLLM."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from collegium_kernels.ragged import Routing
+from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
+
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("name", "bound"), [("eager", 1e-5), ("collegium", 1e-5), ("collegium_int8", 0.03), ("collegium_int4", 0.12)]
+)
+def test_an_upcycled_model_answers_as_the_dense_one(dense: Any, name: str, bound: float) -> None:
+    from collegium_kernels.transformers_experts import register
+
+    from evals.kernels.upcycle import upcycle
+
+    register()
+    sparse = upcycle(dense)
+    sparse.set_experts_implementation(name)
+    ids = torch.randint(3, 97, (2, 17))
+    with torch.no_grad():
+        wanted, got = dense(ids).logits, sparse(ids).logits
+    assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+@needs_transformers
+def test_experts_that_are_not_swiglu_are_refused(dense: Any) -> None:
+    from collegium_kernels.transformers_experts import register
+
+    from evals.kernels.upcycle import upcycle
+
+    register()
+    sparse = upcycle(dense)
+    sparse.set_experts_implementation("collegium")
+    sparse.model.layers[0].mlp.experts.act_fn = torch.nn.GELU()
+    with torch.no_grad(), pytest.raises(ValueError, match="not plain SwiGLU"):
+        sparse(torch.tensor([[1, 2, 3]]))
+
+
+def weights_of(routing: Routing) -> list[list[float]]:
+    return [[round(w, 4) for w in row] for row in routing.dense_TE().tolist()]
+
+
+def test_routing_policies_of_the_plugin() -> None:
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.35, 0.25]]).log()
+    own = route(logits, RoutingPolicy(), k=2, renormalise=True)
+    assert weights_of(own) == [[0.6667, 0.3333, 0], [0.5333, 0.4667, 0]]
+    assert own.fixed_k == 2
+    ragged = route(logits, RoutingPolicy(kind="top_p", p=0.6), k=2, renormalise=True)
+    assert weights_of(ragged) == [[1, 0, 0], [0.5333, 0.4667, 0]]
+    raw = route(logits, RoutingPolicy(kind="top_p", p=0.6), k=2, renormalise=False)
+    assert weights_of(raw) == [[0.6, 0, 0], [0.4, 0.35, 0]]
+
+
+@pytest.mark.parametrize(("options", "words"), [({"kind": "top_q"}, "top_q"), ({"p": 0.0}, "p is 0.0")])
+def test_wrong_policies_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RoutingPolicy(**options)
+
+
+@needs_transformers
+def test_a_trace_is_recorded_from_a_running_model(dense: Any) -> None:
+    from evals.kernels.record import from_routed_experts, record
+    from evals.kernels.upcycle import upcycle
+
+    sparse = upcycle(dense)
+    trace = record(sparse, [torch.tensor([3, 4, 5]), torch.tensor([6, 7])], new_tokens=4)
+    assert trace.ids_SLK.shape == (3 + 3 + 2 + 3, 2, 2)
+    assert trace.ids_SLK.float().std() > 0
+    again = from_routed_experts([trace.ids_SLK[:4].numpy(), trace.ids_SLK[4:].numpy()], num_experts=4)
+    assert torch.equal(again.ids_SLK, trace.ids_SLK)
+
+
+# vLLM's own imports warn about torch.jit.
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
+    from collegium_kernels.vllm_plugin import register
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    register()
+    config = get_quantization_config("collegium_int4")
+    made = config.from_config({"quant_method": "collegium_int4", "group": 32, "routing": "top_p", "p": 0.5})
+    assert (made.group, made.policy) == (32, RoutingPolicy(kind="top_p", p=0.5))
+    with pytest.raises(ValueError, match=r"does not know \['grup'\]"):
+        config.from_config({"grup": 32})
+
+
+def test_the_entry_point_names_the_function_that_registers() -> None:
+    import tomllib
+    from importlib import import_module
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["collegium"].partition(":")
+    assert callable(getattr(import_module(module), name))
