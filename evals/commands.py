@@ -4,7 +4,7 @@ import typer
 
 from evals.routing.command import routing
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(routing)
 
 

@@ -14,7 +14,7 @@ _HELP = """Fit a router on recorded answers; look at a fitted one.
 Example: collegium router fit linear --pool pools/mmlu-pro --out artefacts/linear
 """
 
-app = typer.Typer(no_args_is_help=True, help=_HELP)
+app = typer.Typer(no_args_is_help=True, help=_HELP, add_completion=False)
 
 
 @app.command()
