@@ -54,7 +54,13 @@ def _parse_yaml(raw: bytes, path: Path) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML's usual loaders let the second win in silence."""
+    """Refuses a key that stands twice, where YAML's usual loaders let the second win in silence. A date stays the text
+    that it is: no key of ours takes one, and a demonstration may well answer with one."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

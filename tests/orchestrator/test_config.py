@@ -279,6 +279,11 @@ def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+def test_a_date_is_a_text(tmp_path: Path) -> None:
+    text = "{engines: {e: {backend: fake}}, experts: {x: {engine: e, examples: [2024-02-29]}}, policies: {default: {}}}"
+    assert load_config(write(tmp_path, text)).experts["x"].examples == ("2024-02-29",)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -290,7 +295,6 @@ def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
         ("--- a\n--- b", "expected a single document"),
         (b"a: \xff", "invalid start byte"),
-        ("a: 2024-13-45", "month must be in"),
         ("{}: {a: 1, a: 2}", "'a' stands twice"),
         ("? [1]\n: 2", "unhashable key"),
     ],
