@@ -1,7 +1,7 @@
 """The config file: bytes to a checked Config."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, where YAML's usual loaders let the second win in silence. A date stays the text
     that it is: no key of ours takes one, and a demonstration may well answer with one."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
