@@ -1,7 +1,7 @@
 """The config file: bytes to a checked Config."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -54,13 +54,7 @@ def _parse_yaml(raw: bytes, path: Path) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML's usual loaders let the second win in silence. A date stays the text
-    that it is: no key of ours takes one, and a demonstration may well answer with one."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """Refuses a key that stands twice, where YAML's usual loaders let the second win in silence."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -73,3 +67,7 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(word)
         return node
+
+
+# A date stays the text that it is: no key of ours takes one, and a demonstration may well answer with one.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
