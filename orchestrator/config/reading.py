@@ -69,5 +69,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
 # A date stays the text that it is: no key of ours takes one, and a demonstration may well answer with one.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)
