@@ -14,7 +14,7 @@ from experts.types import Request
 from orchestrator.build import Service
 from orchestrator.client import read_body
 from orchestrator.decisions import DecisionLog
-from orchestrator.exchange import AnswerStream, JSONReply, WholeAnswer
+from orchestrator.exchange import Answer, Events, JSONReply, Teller, Whole
 from orchestrator.host import Host
 from orchestrator.invalid import explain_invalid
 from orchestrator.log import request_id
@@ -128,16 +128,13 @@ class Endpoints:
             request = replace(request, metadata={**request.metadata, "traceparent": traceparent})
         request_id.set(request.request_id)
         run = Run(request=request, policy=policy)
-        if not body.stream:
-            return WholeAnswer(service.orchestrator, run, form, explain=explain, stall_s=limits.client_stall_s)
-        return AnswerStream(
-            service.orchestrator,
-            run,
-            form,
-            include_usage=body.wants_usage(),
-            explain=explain,
-            stall_s=limits.client_stall_s,
-        )
+        teller: Teller
+        if body.stream:
+            usage = body.wants_usage()
+            teller = Events(service.orchestrator, run, form, include_usage=usage, explain=explain)
+        else:
+            teller = Whole(service.orchestrator, run, form, explain=explain)
+        return Answer(teller, stall_s=limits.client_stall_s)
 
     def _enter(self, http: HttpRequest, *, ready: bool = True) -> tuple[Service, Tenant]:
         """The Service of the moment, and who asks. Whatever is awaited before a run begins, take the Service anew: a

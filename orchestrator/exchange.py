@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -53,59 +53,60 @@ def bugs_told() -> Iterator[None]:
         raise CollegiumError(BROKEN) from exc
 
 
-class Answer(Response):
-    """One run, answered in the way of its subclass; in an error's words when it fails, whatever the failure.
+class Teller(Protocol):
+    """One way to tell an answer, or a failure at whatever point it comes."""
 
-    A failure before the first byte is an ordinary error reply.
-    """
+    async def tell(self, client: Client) -> None: ...
+
+    async def fail(self, exc: CollegiumError, client: Client) -> None: ...
+
+
+class Answer(Response):
+    """What an endpoint returns for a run: told by its teller, and in an error's words whatever the failure."""
 
     background = None  # FastAPI looks
 
-    def __init__(self, orchestrator: Orchestrator, run: Run, form: Format, *, explain: bool, stall_s: float) -> None:
-        self._orchestrator = orchestrator
-        self._run = run
-        self._form = form
-        self._explain = explain
+    def __init__(self, teller: Teller, *, stall_s: float) -> None:
+        self._teller = teller
         self._stall_s = stall_s
-        self._created = int(time.time())
-        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = Client(receive, send, stall_s=self._stall_s)
         try:
             async with client.attended():
-                await self._answer(client)
+                await self._tell(client)
         except ClientGone:
             return
         except Stopped:
-            await self._fail(Unavailable("The service is shutting down; ask again."), client)
+            await self._teller.fail(Unavailable("The service is shutting down; ask again."), client)
 
-    async def _answer(self, client: Client) -> None:
+    async def _tell(self, client: Client) -> None:
         try:
             with bugs_told():
-                await self._give(client)
+                await self._teller.tell(client)
         except CollegiumError as exc:
-            await self._fail(exc, client)
-
-    async def _give(self, client: Client) -> None:
-        raise NotImplementedError
-
-    async def _fail(self, exc: CollegiumError, client: Client) -> None:
-        if not self._started:
-            await self._send(error_reply(exc, self._run.request.request_id), client)
-
-    async def _send(self, reply: Response, client: Client) -> None:
-        self._started = True
-        await client.send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
-        await client.send({"type": "http.response.body", "body": reply.body})
+            await self._teller.fail(exc, client)
 
 
-class WholeAnswer(Answer):
+class Whole:
     """The answer in one JSON object."""
 
-    async def _give(self, client: Client) -> None:
-        completions = await self._orchestrator.complete(self._run)
-        await self._send(self._render(completions), client)
+    def __init__(self, orchestrator: Orchestrator, run: Run, form: Format, *, explain: bool) -> None:
+        self._orchestrator = orchestrator
+        self._run = run
+        self._form = form
+        self._explain = explain
+        self._created = int(time.time())
+        self._told = False
+
+    async def tell(self, client: Client) -> None:
+        reply = self._render(await self._orchestrator.complete(self._run))
+        self._told = True
+        await _send(reply, client)
+
+    async def fail(self, exc: CollegiumError, client: Client) -> None:
+        if not self._told:
+            await _send(error_reply(exc, self._run.request.request_id), client)
 
     def _render(self, completions: list[Completion]) -> JSONReply:
         run, request_id = self._run, self._run.request.request_id
@@ -122,27 +123,25 @@ class WholeAnswer(Answer):
         return JSONReply(body, headers={"x-collegium-decision": request_id})
 
 
-class AnswerStream(Answer):
-    """The answer as server-sent events, one a chunk; those that came together leave in one write. A failure after the
-    first is an error event and ``[DONE]``."""
+class Events:
+    """The answer as server-sent events, one a chunk; those that came together leave in one write. A failure before the
+    first is an ordinary error reply; after it, an error event and ``[DONE]``."""
 
     def __init__(
-        self,
-        orchestrator: Orchestrator,
-        run: Run,
-        form: Format,
-        *,
-        include_usage: bool,
-        explain: bool,
-        stall_s: float,
+        self, orchestrator: Orchestrator, run: Run, form: Format, *, include_usage: bool, explain: bool
     ) -> None:
-        super().__init__(orchestrator, run, form, explain=explain, stall_s=stall_s)
+        self._orchestrator = orchestrator
+        self._run = run
+        self._form = form
         self._include_usage = include_usage
+        self._explain = explain
+        self._created = int(time.time())
+        self._started = False
         self._expert_id = ""
         self._begun: set[int] = set()
         self._unsent: list[bytes] = []
 
-    async def _give(self, client: Client) -> None:
+    async def tell(self, client: Client) -> None:
         async with deadline(self._run.request), aclosing(self._orchestrator.generate(self._run)) as chunks:
             async for chunk in chunks:
                 if not self._started:
@@ -156,9 +155,9 @@ class AnswerStream(Answer):
                     await client.send({"type": "http.response.body", "body": body, "more_body": True})
         await client.send(_last(*self._unsent, *self._closing()))
 
-    async def _fail(self, exc: CollegiumError, client: Client) -> None:
+    async def fail(self, exc: CollegiumError, client: Client) -> None:
         if not self._started:
-            await super()._fail(exc, client)
+            await _send(error_reply(exc, self._run.request.request_id), client)
             return
         await client.send(_last(*self._unsent, _data(error_body(exc)), DONE))
 
@@ -192,6 +191,11 @@ class AnswerStream(Answer):
             "model": self._expert_id,
             "choices": choices,
         }
+
+
+async def _send(reply: Response, client: Client) -> None:
+    await client.send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
+    await client.send({"type": "http.response.body", "body": reply.body})
 
 
 def _data(body: Any) -> bytes:
