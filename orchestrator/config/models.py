@@ -158,7 +158,7 @@ class Limits(Section):
     queue: int = Field(1024, ge=0)
     max_calls: PositiveInt = Field(8, description="What no policy and no request may exceed.")
     max_body_bytes: PositiveInt = 4 * 2**20
-    max_messages: PositiveInt = 1024
+    max_messages: int = Field(1024, ge=1, le=16384)
     max_tokens: PositiveInt = 32768
     max_n: PositiveInt = 16
     client_stall_s: PositiveFloat = Field(30, description="A client that reads nothing for so long is cut off.")
