@@ -35,6 +35,9 @@ class Call(Protocol):
     def cancel(self) -> None: ...
 
 
+GATHER_S = 0.1
+"""How long tokens are gathered in the replica for a caller who waits for the whole answer."""
+
 Dial = Callable[[Request, ExpertSpec], Call]
 """Starts a call."""
 
@@ -105,7 +108,7 @@ def _dial_json(spec: EngineSpec, handle: Any) -> Dial:
 
     def dial(request: Request, expert: ExpertSpec) -> Call:
         body = request_body(request, expert.adapter or spec.model) | {"request_id": request.request_id}
-        call: Call = stream.remote(_method(request), body)
+        call: Call = stream.remote(_method(request), body, 0.0 if request.stream else GATHER_S)
         return call
 
     return dial

@@ -7,7 +7,9 @@ import asyncio
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,14 +36,33 @@ class JsonServer(LLMServer):
         folder = await asyncio.to_thread(resolve, spec.model)
         await super().__init__(make_llm_config(spec, source=folder))
 
-    async def stream(self, method: str, body: Mapping[str, Any]) -> AsyncGenerator[str | Mapping[str, Any], None]:
+    async def stream(
+        self, method: str, body: Mapping[str, Any], gather_s: float
+    ) -> AsyncGenerator[list[str | Mapping[str, Any]], None]:
         """``method`` is "chat" or "completions", ``body`` as in OpenAI's API. Yields SSE events, or an error object:
-        an exception of vLLM's would bring vLLM into the process that it is raised in."""
+        an exception of vLLM's would bring vLLM into the process that it is raised in.
+
+        The first event goes at once, the others in lists of what came within ``gather_s``: each is a message between
+        processes, 0.1 ms of CPU.
+        """
+        held: list[str | Mapping[str, Any]] = []
+        due_s = 0.0
+        async with aclosing(self._events(method, body)) as events:
+            async for event in events:
+                held.append(event)
+                if (now_s := time.monotonic()) >= due_s:
+                    yield held
+                    held, due_s = [], now_s + gather_s
+        if held:
+            yield held
+
+    async def _events(self, method: str, body: Mapping[str, Any]) -> AsyncGenerator[str | Mapping[str, Any], None]:
         model: Any = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[method]
         try:
-            async for item in await getattr(self, method)(model.model_validate(body)):
-                for event in item if isinstance(item, list) else [item]:
-                    yield event if isinstance(event, str) else event.model_dump()
+            async with aclosing(await getattr(self, method)(model.model_validate(body))) as items:
+                async for item in items:
+                    for event in item if isinstance(item, list) else [item]:
+                        yield event if isinstance(event, str) else event.model_dump()
         except (ValidationError, VLLMClientError) as exc:
             yield create_error_response(exc).model_dump()
         except Exception as exc:

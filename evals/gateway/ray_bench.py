@@ -1,5 +1,9 @@
 """``python -m evals.gateway.ray_bench``: what each of Ray Serve's settings gives our gateway, by the same measure as
-evals/gateway/bench.py: everything of Ray on one core, the stub upstream and the load on another."""
+evals/gateway/bench.py: everything of Ray on one core, the stub upstream and the load on another.
+
+The first settings ask the stub as an endpoint. In "engine: ..." the stub is the engine of a ray.serve.llm deployment,
+on the same core: a whole answer is 35 messages from one replica to another.
+"""
 
 import argparse
 import os
@@ -39,6 +43,7 @@ class Setting:
     environment: Mapping[str, str]
     replicas: int = 1
     log_level: str = "info"
+    hosted: bool = False
 
 
 SETTINGS = {
@@ -50,6 +55,8 @@ SETTINGS = {
     "ours, two gateways": Setting(environment={}, replicas=2),
     "ours, no metrics of HAProxy's": Setting(environment={"RAY_SERVE_HAPROXY_METRICS_ENABLED": "0"}),
     "ours, no request log": Setting(environment={}, log_level="warning"),
+    "engine: HAProxy": Setting(environment={THROUGHPUT: "0"}, hosted=True),
+    "engine: ours": Setting(environment={}, hosted=True),
 }
 
 
@@ -76,6 +83,7 @@ class RayProcess(Process):
         environment = {
             "HOME": str(folder),
             "RAY_TMPDIR": str(folder),
+            "RAYLLM_VLLM_ENGINE_CLS": "evals.gateway.ray_engine.StubEngine",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
@@ -105,7 +113,8 @@ def started(name: str, setting: Setting, upstream: int, core: int) -> Iterator[C
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as place:
         folder = Path(place)
         config = folder / "collegium.yaml"
-        engine = {"backend": "openai", "model": "stub", "base_url": f"http://127.0.0.1:{upstream}/v1"}
+        endpoint = {"backend": "openai", "model": "stub", "base_url": f"http://127.0.0.1:{upstream}/v1"}
+        engine = {"backend": "vllm", "model": "stub"} if setting.hosted else endpoint
         text = {
             "engines": {"stub": engine},
             "experts": {"one": {"engine": "stub"}, "two": {"engine": "stub"}},

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,8 +105,9 @@ async def test_streams_events_alone_together_and_in_lists() -> None:
     assert (answer.text, answer.finish_reason) == ("abc\u2028de", "length")
     assert answer.usage == Usage(prompt_tokens=7, completion_tokens=3)
     assert not call.cancelled
-    options, (method, body) = handle.asked[0]
+    options, (method, body, gather_s) = handle.asked[0]
     assert options == {"stream": True, "method_name": "stream"}
+    assert gather_s == 0
     assert method == "chat"
     assert body["model"] == "some-model"
     assert body["messages"] == [{"role": "user", "content": "hi"}]
@@ -120,8 +122,14 @@ async def test_a_prompt_goes_to_completions_and_an_adapter_by_its_name() -> None
 
     assert [c.text for c in await chunks(engine, Request(prompt="go"), adapted)] == ["on"]
 
-    method, body = handle.asked[0][1]
+    method, body, _ = handle.asked[0][1]
     assert (method, body["prompt"], body["model"]) == ("completions", "go", "sql")
+
+
+async def test_tokens_may_be_gathered_for_a_caller_who_reads_no_stream() -> None:
+    engine, handle = await loaded(Call([token("a", "stop")]))
+    await chunks(engine, replace(CHAT, stream=False))
+    assert handle.asked[0][1][2] > 0
 
 
 async def test_a_prompt_too_long_is_the_callers() -> None:
