@@ -35,6 +35,8 @@ class Call(Protocol):
     def cancel(self) -> None: ...
 
 
+OPTIONS = ("deployment", "app", "address", "ready_s")
+
 GATHER_S = 0.1
 """How long tokens are gathered in the replica for a caller who waits for the whole answer."""
 
@@ -46,12 +48,16 @@ class ServeEngine:
     """``handle``, where given, is the deployment's; without it load() looks the deployment up by its name.
 
     ``json_bodies`` says that the deployment is one of ours (serve_replica.py), which takes and gives JSON: Ray's own
-    request objects need vLLM in this process too, 560 MB and seven seconds of it.
+    request objects need vLLM in this process too, 560 MB and seven seconds of it. Raises ConfigError for an unknown
+    option.
     """
 
     def __init__(
         self, spec: EngineSpec, handle: "DeploymentHandle[Any] | None" = None, *, json_bodies: bool = False
     ) -> None:
+        unknown = sorted(set(spec.options) - set(OPTIONS))
+        if handle is None and not json_bodies and unknown:
+            raise ConfigError(f"Engine '{spec.engine_id}': unknown option {unknown}; use {', '.join(OPTIONS)}.")
         self.spec = spec
         self._given: Any = handle
         self._make_dial = _dial_json if json_bodies else _dial_objects

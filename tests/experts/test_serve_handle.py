@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     pytest.importorskip("ray.serve")
 
 from experts.base import EngineExpert, collect
-from experts.errors import BadRequest, ContextLengthExceeded, ExpertFailed
+from experts.errors import BadRequest, ConfigError, ContextLengthExceeded, ExpertFailed
 from experts.serve_handle import ReplicaLost, ServeEngine
 from experts.types import Chunk, EngineSpec, ExpertSpec, Message, Request, SamplingParams, Usage
 from orchestrator.resilience import Breaker, BreakerState
@@ -253,6 +253,11 @@ async def test_says_so_when_it_is_not_loaded() -> None:
     await engine.unload()
     with pytest.raises(ExpertFailed, match="not loaded"):
         await chunks(engine)
+
+
+def test_an_option_that_nobody_knows_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="unknown option \\['redy_s'\\]; use deployment, app, address, ready_s"):
+        ServeEngine(EngineSpec(engine_id="e", backend="serve", model="m", options={"deployment": "d", "redy_s": 1}))
 
 
 async def test_says_what_to_do_when_there_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
