@@ -3,9 +3,9 @@
 import operator
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from experts.errors import ExpertFailed
@@ -48,6 +48,24 @@ class Expert(Protocol):
 
     async def aclose(self) -> None:
         """Give back what this expert alone holds; its engine belongs to the pool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a reward thinks of one answer; higher is better. Comparable among answers to one request only.
+    ``parts`` says what it is made of: objectives, say, with what each counted for."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """An expert that scores (request, answer) instead of answering."""
+
+    name: str
+
+    async def score(self, request: Request, answers: Sequence[Completion]) -> list[Score]:
+        """One score an answer, in their order, none of them NaN or infinite. Raises a CollegiumError."""
 
 
 class EngineExpert:

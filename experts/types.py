@@ -13,6 +13,7 @@ from experts.errors import BadRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls"]
+Priority = Literal["online", "batch"]
 Backend = Literal["vllm", "serve", "openai", "recorded", "fake"]
 
 JSON = Mapping[str, Any]
@@ -51,7 +52,8 @@ class Request:
 
     Exactly one of ``messages`` (a chat) and ``prompt`` (text to continue as it stands) is set; BadRequest otherwise.
     ``stream`` says that the caller sees each chunk as it comes. Where he does not, an answer that breaks off can still
-    be asked for again. ``arrival_s`` is on the monotonic clock; ``deadline_s`` counts from it.
+    be asked for again. ``priority``: a batch's requests make way for the others. ``arrival_s`` is on the monotonic
+    clock; ``deadline_s`` counts from it.
     """
 
     request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
@@ -64,6 +66,7 @@ class Request:
     tenant: str | None = None
     metadata: JSON = field(default_factory=dict)
     stream: bool = True
+    priority: Priority = "online"
     deadline_s: float = 120.0
     arrival_s: float = field(default_factory=time.monotonic)
 

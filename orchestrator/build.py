@@ -12,7 +12,7 @@ from experts.base import Engine, EngineExpert, Expert
 from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
 from orchestrator.aggregators import AGGREGATORS
-from orchestrator.aggregators.base import Aggregator
+from orchestrator.aggregators.base import Aggregator, AggregatorParts
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
 from orchestrator.dispatch import Admission
 from orchestrator.pipeline import Orchestrator
@@ -98,8 +98,11 @@ def make_encoder(model: str, cache_size: int) -> Encoder:
     return WordLlama() if model == WordLlama.NAME else MiniLM(model=model, cache_size=cache_size)
 
 
-def make_aggregator(config: AggregatorConfig) -> Aggregator:
-    aggregator: Aggregator = _make(AGGREGATORS, "aggregator", config.name, config.options)
+def make_aggregator(
+    config: AggregatorConfig, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]
+) -> Aggregator:
+    parts = AggregatorParts(encoder=encoder, experts=experts, artefact=config.artefact)
+    aggregator: Aggregator = _make(AGGREGATORS, "aggregator", config.name, config.options, parts)
     return aggregator
 
 
@@ -108,7 +111,7 @@ def _policies(config: Config, experts: Mapping[str, Expert], encoder: Callable[[
     name), then the free ones."""
     policies = {name: _policy(name, config, experts, encoder) for name in config.policies}
     routers = {name: make_router(RouterConfig(name=name), experts, encoder) for name in FREE_ROUTERS}
-    aggregators = {name: make_aggregator(AggregatorConfig(name=name)) for name in FREE_AGGREGATORS}
+    aggregators = {name: make_aggregator(AggregatorConfig(name=name), experts, encoder) for name in FREE_AGGREGATORS}
     for policy in reversed(policies.values()):
         routers[policy.router.name] = policy.router
         aggregators[policy.aggregator.name] = policy.aggregator
@@ -124,7 +127,8 @@ def _policies(config: Config, experts: Mapping[str, Expert], encoder: Callable[[
 def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: Callable[[], Encoder]) -> Policy:
     wanted = config.policies[name]
     try:
-        router, aggregator = make_router(wanted.router, experts, encoder), make_aggregator(wanted.aggregator)
+        router = make_router(wanted.router, experts, encoder)
+        aggregator = make_aggregator(wanted.aggregator, experts, encoder)
     except ConfigError as exc:
         raise ConfigError(f"policies.{name}: {exc.message}") from exc
     return Policy(
@@ -159,8 +163,9 @@ def _make(registry: Mapping[str, str], what: str, name: str, options: Mapping[st
     for key in options:
         if key not in known:
             raise ConfigError(f"{what} '{name}': unknown option '{key}'{nearest(key, known)}")
+    takes_parts = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(maker).parameters.values())
     try:
-        return maker(*parts, **options)
+        return maker(*(parts if takes_parts else ()), **options)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"{what} '{name}': {exc}") from exc
 

@@ -13,6 +13,7 @@ from orchestrator.build import make_aggregator
 from orchestrator.config import AggregatorConfig
 from routers.base import RouteDecision
 from routers.records import Array
+from routers.static import WordLlama
 
 VOTES = ("vote", "weighted_vote")
 
@@ -33,7 +34,7 @@ def aggregator_for(name: str, setting: Setting) -> Aggregator:
             f"Pool '{setting.records.name}' has scores only and no parsed answers: nothing can be voted on."
         )
     options = {"extract": "text"} if name in VOTES else {}
-    return make_aggregator(AggregatorConfig(name=name, options=options))
+    return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)
 
 
 def take_first(predicted_QE: Array, setting: Setting) -> Outcome:

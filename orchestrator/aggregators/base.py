@@ -1,10 +1,25 @@
 """What an aggregator is: several answers in, one out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from experts.base import Expert
 from experts.types import Completion, Request
 from routers.base import RouteDecision
+from routers.encoders import Encoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorParts:
+    """What an aggregator may be made from; constructors that need it take it first, then their options by keyword.
+    ``encoder`` gives the service's encoder, the same one each time, made at the first call; ``experts`` are wrapped
+    already and report their calls like any other."""
+
+    encoder: Callable[[], Encoder]
+    experts: Mapping[str, Expert]
+    artefact: Path | None = None
 
 
 class Aggregator(Protocol):
@@ -20,3 +35,9 @@ class Aggregator(Protocol):
 
         The result does not depend on that order. ``trace`` of the result says what each answer counted for.
         """
+
+    async def settled(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
+    ) -> bool:
+        """Whether the answers still to come, of the experts ``pending``, cannot change the result, or are not worth
+        waiting for. Their calls are then cancelled, or never made."""

@@ -43,6 +43,11 @@ class Vote:
         ballots = _ballots(request, decision, completions, self._extract)
         return _elect([replace(b, counts=1.0) for b in ballots], request)
 
+    async def settled(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
+    ) -> bool:
+        return not pending
+
 
 class WeightedVote:
     """Each vote counts as much as its expert's weight; the weights of the votes sum to 1."""
@@ -59,6 +64,11 @@ class WeightedVote:
         ballots = _ballots(request, decision, completions, self._extract)
         shares = iter(normalise([b.weight for b in ballots if b.answer is not None]))
         return _elect([b if b.answer is None else replace(b, counts=next(shares)) for b in ballots], request)
+
+    async def settled(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
+    ) -> bool:
+        return not pending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

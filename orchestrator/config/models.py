@@ -131,6 +131,7 @@ class RouterConfig(Section):
 
 class AggregatorConfig(Section):
     name: str
+    artefact: Path | None = Field(None, description="Folder of a fitted aggregator or reward.")
     options: dict[str, Any] = {}
 
 

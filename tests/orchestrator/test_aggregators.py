@@ -12,6 +12,7 @@ from orchestrator.aggregators.first import First
 from orchestrator.aggregators.vote import Vote, WeightedVote
 from orchestrator.build import make_aggregator
 from routers.base import RouteDecision
+from routers.static import WordLlama
 
 APPLES = "How many apples are left?"
 
@@ -222,7 +223,7 @@ def test_bad_options_are_refused(name, options, words):
 def make_aggregator_of(name, **options):
     from orchestrator.config import AggregatorConfig
 
-    return make_aggregator(AggregatorConfig(name=name, options=options))
+    return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)
 
 
 def test_every_registered_aggregator_is_made_by_name():

@@ -50,6 +50,11 @@ class Joined:
         text = " | ".join(sorted(c.text for c in completions))
         return replace(completions[0], text=text, trace={"answers": len(completions)})
 
+    async def settled(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
+    ) -> bool:
+        return not pending
+
 
 class Diary:
     """An Observer that writes everything down."""
