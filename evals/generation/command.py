@@ -62,7 +62,7 @@ def run(
 
     Example: collegium eval run --questions gsm8k-test.jsonl.gz -c collegium.yaml --policy panel --limit 100
     """
-    from evals.generation.questions import read_questions, sample
+    from evals.generation.questions import read_questions, sample, with_recorded
     from evals.generation.recording import check_free
     from orchestrator.commands.screen import make_console
     from orchestrator.config import load_config
@@ -71,11 +71,12 @@ def run(
     if record is not None:
         check_free(record)
     settings = load_config(config) if config is not None else _recorded(questions)
+    asked = sample(read_questions(questions, scorer=scorer, split=split), limit, seed)
     job = _Job(
         console=make_console(stderr=True),
         config=settings,
         source=questions.name.removesuffix(".jsonl.gz"),
-        questions=sample(read_questions(questions, scorer=scorer, split=split), limit, seed),
+        questions=with_recorded(asked, questions) if questions.is_dir() else asked,
         policy=policy,
         overrides=Overrides(router=router, top_k=top_k, aggregator=aggregator),
         seed=seed,
@@ -89,7 +90,8 @@ def run(
 
 
 def _recorded(pool: Path) -> "Config":
-    """Every expert of a recorded pool, as it was recorded."""
+    """Every expert of a recorded pool, as it was recorded. Base models shown examples go on with a question of their
+    own making; their answers are cut there."""
     from experts.errors import ConfigError
     from experts.pools import RecordedPool
     from orchestrator.config import parse_config
@@ -97,22 +99,16 @@ def _recorded(pool: Path) -> "Config":
     if not pool.is_dir():
         raise ConfigError(f"{pool} is a question file: name the experts that are to answer with -c collegium.yaml.")
     ids = RecordedPool(pool).expert_ids
+    expert = {"engine": "recorded", "defaults": {"stop": ["\nQuestion:"]}}
     return parse_config(
         {
             "engines": {"recorded": {"backend": "recorded", "model": str(pool)}},
-            "experts": {
-                f"e{i}" if not _is_name(e) else e: {"engine": "recorded", "adapter": e} for i, e in enumerate(ids)
-            },
+            "experts": {e: {**expert, "adapter": e} for e in ids},
             "policies": {"default": {"router": "always", "top_k": min(5, len(ids)), "aggregator": "vote"}},
             "limits": {"max_calls": len(ids)},
-        }
+        },
+        source=str(pool),
     )
-
-
-def _is_name(text: str) -> bool:
-    import re
-
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

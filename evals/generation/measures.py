@@ -2,13 +2,12 @@
 questions, each with its uncertainty and its cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evals.generation.questions import Question
 from evals.generation.run import Given, Outcome
-from evals.generation.scorers import score
 from evals.routing.statistics import Bootstrap, Estimate
 from experts.types import Completion, Request
 from orchestrator.aggregators.base import Aggregator
@@ -108,6 +107,8 @@ def _columns(rows: Sequence[Sequence[Given]]) -> list[list[Given]]:
 
 @dataclass(frozen=True, slots=True)
 class _Voters:
+    """Answers vote as the scorer read them."""
+
     questions: Sequence[Question]
     aggregator: Aggregator
     request_of: RequestOf
@@ -116,26 +117,21 @@ class _Voters:
         return [await self._one(q, column) for q, column in zip(self.questions, columns, strict=True)]
 
     async def _one(self, question: Question, column: Sequence[Given]) -> Given:
-        completions = [g.completion for g in column if g.completion is not None]
+        said = [
+            replace(g.completion, text=g.answer or "", index=i)
+            for i, g in enumerate(column)
+            if g.completion is not None
+        ]
         costs = Given(
             calls=len(column),
             tokens=sum(g.tokens for g in column),
             usd=sum(g.usd for g in column),
             seconds=sum(g.seconds for g in column),
         )
-        if not completions:
-            return _failed(costs)
-        winner = await self.aggregator.aggregate(self.request_of(question), _equal(completions), completions)
-        answer, points = await score(winner.text, question)
-        return Given(
-            answer=answer, score=points, calls=costs.calls, tokens=costs.tokens, usd=costs.usd, seconds=costs.seconds
-        )
-
-
-def _failed(costs: Given) -> Given:
-    return Given(
-        calls=costs.calls, tokens=costs.tokens, usd=costs.usd, seconds=costs.seconds, error="no_answer", score=0.0
-    )
+        if not said:
+            return replace(costs, error="no_answer")
+        winner = await self.aggregator.aggregate(self.request_of(question), _equal(said), said)
+        return replace(costs, answer=column[winner.index].answer, score=column[winner.index].score)
 
 
 def _equal(completions: Sequence[Completion]) -> RouteDecision:

@@ -5,7 +5,7 @@ A row has id, task, question, options (list or null) and answer; ``context`` sta
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ import orjson
 
 from evals.generation.scorers import KINDS, kind_of
 from experts.errors import ConfigError
-from experts.pools import read_rows
+from experts.pools import RecordedAnswer, RecordedPool, read_rows
 
 _DEMANDS = {
     "letter": 'Think step by step, then end with "The answer is (X)", X being the letter of your choice.',
@@ -29,7 +29,7 @@ _DEMANDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """``kind`` is the scorer's. ``answer`` is right; for code it is not read."""
+    """``kind`` is the scorer's; ``answer`` is right, but unread for code; ``recorded``: what experts answered once."""
 
     question_id: str
     task: str
@@ -40,6 +40,7 @@ class Question:
     context: str = ""
     tests: str = ""
     entry_point: str = ""
+    recorded: tuple[RecordedAnswer, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -76,6 +77,18 @@ def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[
         return list(questions)
     chosen = sorted(Random(seed).sample(range(len(questions)), limit))  # noqa: S311 - a sample, not a secret
     return [questions[i] for i in chosen]
+
+
+def with_recorded(questions: Sequence[Question], folder: Path) -> list[Question]:
+    """The same questions with the answers that the pool in ``folder`` has recorded to them."""
+    pool = RecordedPool(folder)
+    numbers = {pool.by_id(q.question_id): q.question_id for q in questions}
+    found: dict[str, list[RecordedAnswer]] = {q.question_id: [] for q in questions}
+    for expert_id in pool.expert_ids:
+        for number, answer in pool.read(expert_id):
+            if number in numbers:
+                found[numbers[number]].append(answer)
+    return [replace(q, recorded=tuple(found[q.question_id])) for q in questions]
 
 
 def _split(folder: Path, split: str | None) -> set[str] | None:

@@ -16,6 +16,7 @@ from evals.generation.scorers import kind_of, score
 from experts.base import collect
 from experts.errors import BadRequest, ConfigError, ExpertFailed
 from experts.fake import FakeEngine
+from experts.pools import RecordedAnswer
 from experts.types import Completion, EngineSpec, ExpertSpec, Message, Request, SamplingParams
 from orchestrator.aggregators.vote import Vote
 from orchestrator.cli import app
@@ -227,6 +228,15 @@ def test_a_sample_is_drawn_by_its_seed():
 )
 async def test_scorers(asked, text, points):
     assert (await score(text, asked))[1] == points
+
+
+async def test_a_recorded_answer_keeps_its_verdict():
+    """The recorded grade stands, also of an answer that was cut where another question began."""
+    kept = RecordedAnswer(text="It is 5.\nQuestion: and 4?", answer="5", score=1.0, completion_chars=9, usd=None)
+    asked = question("5", recorded=(kept,))
+    assert await score("It is 5.", asked) == ("5", 1.0)
+    assert await score("It is 6.", asked) == ("6", 0.0)
+    assert await score("", asked) == (None, 0.0)
 
 
 SQUARE = question(
