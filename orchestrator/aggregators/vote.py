@@ -7,7 +7,7 @@ A tie goes to the heavier side (``vote``), then to the one that the request's se
 in which answers came.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import fsum
@@ -24,6 +24,8 @@ from orchestrator.aggregators.extract import (
 )
 from routers.base import RouteDecision, normalise
 
+_NEW = "\0"
+"""Stands for an answer that nobody has given yet; no extraction gives it."""
 _LABEL = 120
 """Characters of an answer that the trace shows; voting compares all of it."""
 
@@ -41,12 +43,14 @@ class Vote:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
         ballots = _ballots(request, decision, completions, self._extract)
-        return _elect([replace(b, counts=1.0) for b in ballots], request)
+        return _elect(_by_head(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
-        return not pending
+        """Exact but for percentages: True when no answers of ``pending`` can make another answer win. Who words the
+        winning answer may still change."""
+        return _is_safe(_ballots(request, decision, completions, self._extract), decision, pending, _by_head, request)
 
 
 class WeightedVote:
@@ -62,13 +66,13 @@ class WeightedVote:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
         ballots = _ballots(request, decision, completions, self._extract)
-        shares = iter(normalise([b.weight for b in ballots if b.answer is not None]))
-        return _elect([b if b.answer is None else replace(b, counts=next(shares)) for b in ballots], request)
+        return _elect(_by_weight(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
-        return not pending
+        """As Vote's."""
+        return _is_safe(_ballots(request, decision, completions, self._extract), decision, pending, _by_weight, request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,18 @@ class _Ballot:
     answer: str | None
     weight: float
     counts: float = 0.0
+
+
+Counting = Callable[[Sequence[_Ballot]], list[_Ballot]]
+
+
+def _by_head(ballots: Sequence[_Ballot]) -> list[_Ballot]:
+    return [replace(b, counts=1.0) for b in ballots]
+
+
+def _by_weight(ballots: Sequence[_Ballot]) -> list[_Ballot]:
+    shares = iter(normalise([b.weight for b in ballots if b.answer is not None]))
+    return [b if b.answer is None else replace(b, counts=next(shares)) for b in ballots]
 
 
 def _ballots(
@@ -122,16 +138,53 @@ def _arguments(text: str) -> str:
 
 def _elect(ballots: Sequence[_Ballot], request: Request) -> Completion:
     """``ballots``, best first, to the winner's own Completion with an account of the election."""
-    seed = request.metadata.get("route_seed", request.params.seed)
     votes = _count(ballots, "counts")
     if not votes:
         return _account(ballots[0], ballots, {}, "no answer could be read: the heaviest expert's is taken")
     weights = _count(ballots, "weight")
-    winner = max(votes, key=lambda a: (votes[a], weights[a], _lot(seed, a)))
+    winner = _winner(votes, weights, request)
     tied = [a for a in votes if votes[a] == votes[winner]]
     by = "weight" if sum(weights[a] == weights[winner] for a in tied) == 1 else "seed"
     note = f"{len(tied)} answers tied; decided by {by}" if len(tied) > 1 else None
     return _account(next(b for b in ballots if b.answer == winner), ballots, votes, note)
+
+
+def _winner(votes: Mapping[str, float], weights: Mapping[str, float], request: Request) -> str:
+    seed = request.metadata.get("route_seed", request.params.seed)
+    return max(votes, key=lambda a: (votes[a], weights[a], _lot(seed, a)))
+
+
+def _is_safe(
+    ballots: Sequence[_Ballot], decision: RouteDecision, pending: Sequence[str], counting: Counting, request: Request
+) -> bool:
+    """Whether the leader stays first when all of ``pending`` agree on any one other answer, read already or new."""
+    votes = _count(counting(ballots), "counts")
+    if not pending:
+        return True
+    # A percentage may yet be read as the number that a later answer gives; see settle_percents.
+    if not votes or any(answer.endswith("%") for answer in votes):
+        return False
+    leader = _winner(votes, _count(ballots, "weight"), request)
+    weights = dict(zip(decision.expert_ids, decision.weights, strict=True))
+    late_weights = [weights.get(e, 0.0) for e in pending]
+    rivals = [answer for answer in votes if answer != leader]
+    return all(_holds(leader, rival, ballots, late_weights, counting, request) for rival in [*rivals, _NEW])
+
+
+def _holds(
+    leader: str,
+    rival: str,
+    ballots: Sequence[_Ballot],
+    late_weights: Sequence[float],
+    counting: Counting,
+    request: Request,
+) -> bool:
+    late = [replace(ballots[0], answer=rival, weight=weight) for weight in late_weights]
+    ballots = [*ballots, *late]
+    votes, weights = _count(counting(ballots), "counts"), _count(ballots, "weight")
+    if rival == _NEW and (votes[leader], weights[leader]) == (votes[rival], weights[rival]):
+        return False  # nobody knows yet which of them the seed would pick
+    return _winner(votes, weights, request) == leader
 
 
 def _count(ballots: Sequence[_Ballot], what: str) -> dict[str, float]:
