@@ -14,10 +14,11 @@ from experts.types import Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
 from orchestrator.aggregators.consult import consult, find_expert, to_judge, to_write
 from orchestrator.aggregators.election import by_rank, by_weight, elect, read_ballots
+from orchestrator.aggregators.extract import letter
 from orchestrator.aggregators.labels import checked_labels, read_label
 from orchestrator.aggregators.quoting import clip, quote, unmarked, without_reasoning
 from orchestrator.aggregators.ranking import rank_all_pairs
-from orchestrator.aggregators.vote import vote_instead
+from orchestrator.aggregators.vote import noted, vote_instead
 from routers.base import RouteDecision
 
 _SUMMARISE = """Summarise this report for someone who decides by it: its conclusion first, then the facts and figures \
@@ -159,9 +160,9 @@ class GeneralExpert:
             return await vote_instead(request, decision, completions, because)
         ballots = read_ballots(request, decision, completions, lambda text, _: read_label(text, self._labels))
         elected = elect(by_weight(ballots), request)
-        trace, label = elected.trace or {}, (elected.trace or {}).get("winner")
-        note = "; ".join([f"{because}: the reports vote", *([trace["note"]] if "note" in trace else [])])
-        return replace(elected, text=label or elected.text, trace={**trace, "mode": "predict", "note": note})
+        label = (elected.trace or {}).get("winner")
+        trace = {**noted(elected.trace, f"{because}: the reports vote"), "mode": "predict"}
+        return replace(elected, text=label or elected.text, trace=trace)
 
     # Ranking
 
@@ -179,7 +180,7 @@ class GeneralExpert:
                 said = await consult(self._expert, to_judge(request, text, max_tokens=self._judge_tokens))
             except CollegiumError:
                 return None
-            return {"A": 1.0, "B": 0.0}.get(read_label(said.text or "", ("A", "B")) or "", 0.5)
+            return {"A": 1.0, "B": 0.0}.get(letter(without_reasoning(said.text or "")) or "", 0.5)
 
         ranking = await rank_all_pairs(len(shown), compare, at_once=self._at_once)
         pairs = len(shown) * (len(shown) - 1)

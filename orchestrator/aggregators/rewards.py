@@ -1,4 +1,4 @@
-"""Rewards by the name that ``best_of`` uses. Adding one: a class or a factory that takes AggregatorParts, a line here."""
+"""Rewards by the name that ``best_of`` uses. Adding one: a class that takes AggregatorParts, a line here."""
 
 import asyncio
 import importlib
@@ -18,14 +18,15 @@ TRAINED = "orchestrator.aggregators.reward_moe:load_reward"
 
 
 def make_reward(name: str | None, parts: AggregatorParts) -> Reward:
-    """The artefact's reward where there is one, else the one called ``name``. Raises ConfigError."""
+    """The reward called ``name``; without a name the artefact's, or agreement. Raises ConfigError."""
     if name is None and parts.artefact is not None:
-        reward: Reward = _load(TRAINED)(parts.artefact, parts)
-        return reward
+        trained: Reward = _load(TRAINED)(parts.artefact, parts)
+        return trained
+    name = name or "agreement"
     if name not in REWARDS:
         raise ConfigError(f"option 'reward': no reward '{name}'; known: {', '.join(REWARDS)}, or give an artefact.")
-    reward = _load(REWARDS[name])(parts)
-    return reward
+    built_in: Reward = _load(REWARDS[name])(parts)
+    return built_in
 
 
 def _load(where: str) -> Any:

@@ -10,7 +10,7 @@ in which answers came.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experts.types import Completion, Request
+from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.election import by_head, by_weight, elect, is_safe, read_ballots
 from orchestrator.aggregators.extract import make_extract
 from routers.base import RouteDecision
@@ -36,7 +36,8 @@ class Vote:
     ) -> bool:
         """Exact but for percentages: True when no answers of ``pending`` can make another answer win. Who words the
         winning answer may still change."""
-        return is_safe(read_ballots(request, decision, completions, self._extract), decision, pending, by_head, request)
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return is_safe(ballots, decision, pending, by_head, request)
 
 
 class WeightedVote:
@@ -58,9 +59,8 @@ class WeightedVote:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         """As Vote's."""
-        return is_safe(
-            read_ballots(request, decision, completions, self._extract), decision, pending, by_weight, request
-        )
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return is_safe(ballots, decision, pending, by_weight, request)
 
 
 async def vote_instead(
@@ -68,5 +68,10 @@ async def vote_instead(
 ) -> Completion:
     """A weighted vote in the place of an aggregator that could not do its own work; the trace says ``because``."""
     answer = await WeightedVote().aggregate(request, decision, completions)
-    notes = [f"{because}: a weighted vote instead", *([answer.trace["note"]] if "note" in (answer.trace or {}) else [])]
-    return replace(answer, trace={**(answer.trace or {}), "note": "; ".join(notes)})
+    return replace(answer, trace=noted(answer.trace, f"{because}: a weighted vote instead"))
+
+
+def noted(trace: JSON | None, note: str) -> JSON:
+    """``trace`` with one note more."""
+    trace = trace or {}
+    return {**trace, "note": f"{note}; {trace['note']}" if "note" in trace else note}
