@@ -1,14 +1,13 @@
-"""From a decision to running experts: a place in the service, a chain of spares for each choice, all at once."""
+"""From a decision to running experts: a place in the service, a chain of spares for each choice."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
-from experts.base import Expert, collect
-from experts.errors import BadRequest, CollegiumError, QueueFull
-from experts.types import Completion, ExpertSpec, Request
+from experts.base import Expert
+from experts.errors import BadRequest, QueueFull
+from experts.types import ExpertSpec, Request
 from orchestrator.resilience import Fallback, Hedged
 from routers.base import RouteDecision
 
@@ -76,24 +75,6 @@ def chains(
             first = Hedged(first, second, after_s=hedge_after_s)
         rows.append(Fallback(first, spares))
     return rows
-
-
-async def ask_all(experts: Sequence[Expert], request: Request) -> list[Completion]:
-    """Every expert at once; the answers in the experts' order, less those that failed.
-
-    Raises the first expert's failure when all fail. When the caller goes, every expert is stopped.
-    """
-    request = replace(request, stream=False)  # nobody sees an answer before all are there
-    tasks = [asyncio.create_task(collect(expert.generate(request), request)) for expert in experts]
-    # A gather that is cancelled cancels its tasks and waits for their end.
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, CollegiumError):
-            raise result
-    answers = [r for r in results if isinstance(r, Completion)]
-    if not answers:
-        raise next(r for r in results if isinstance(r, CollegiumError))
-    return answers
 
 
 def affordable(pool: Sequence[ExpertSpec], request: Request, max_usd: float | None) -> list[ExpertSpec]:
