@@ -1,143 +1,103 @@
-"""From a decision to running experts: a place in the service, a chain of spares for each choice, all at once."""
+"""Who may use which engine when: leases on engines that come and go."""
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 
-from experts.base import Expert, collect
-from experts.errors import BadRequest, CollegiumError, QueueFull
-from experts.types import Completion, ExpertSpec, Request
-from orchestrator.resilience import Fallback, Hedged
-from routers.base import RouteDecision
+from experts.base import Expert
+from experts.types import ChunkStream, Priority, Request
+from orchestrator.residency import Residency, State
 
 
-class Admission:
-    """At most ``max_concurrency`` requests run, at most ``queue`` wait, first come first served; the rest get 503."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """One engine at one moment. ``waiting`` and ``running`` are leases; ``announced`` calls are held by batches outside
+    the queue. ``load_s`` is all its loads together."""
 
-    def __init__(self, *, max_concurrency: int, queue: int) -> None:
-        self._free = max_concurrency
-        self._queue = queue
-        self._waiting: deque[asyncio.Future[None]] = deque()
+    state: State
+    running: int = 0
+    waiting: Mapping[Priority, int]
+    announced: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    failure: str | None = None
 
-    @property
-    def queued(self) -> int:
-        return len(self._waiting)
+
+class Dispatcher:
+    def __init__(self, residency: Residency) -> None:
+        self.residency = residency
+        self._running = dict.fromkeys(residency.engines, 0)
+        self._announced = dict.fromkeys(residency.engines, 0)
+        self._waiting: dict[str, dict[Priority, int]] = {e: {"online": 0, "batch": 0} for e in residency.engines}
+        self._changed = asyncio.Condition()
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place for as long as the block lasts. Raises QueueFull."""
-        await self._enter()
+    async def lease(
+        self, engine_id: str, *, priority: Priority = "online", expires_s: float | None = None
+    ) -> AsyncIterator[None]:
+        """The engine is ready, and stays, for as long as the block lasts. ``expires_s`` is on the monotonic clock.
+
+        Raises Unavailable when the engine cannot be loaded, DeadlineExceeded, QueueFull.
+        """
+        self._waiting[engine_id][priority] += 1
+        try:
+            async with self._changed:
+                await self._make_ready(engine_id)
+        finally:
+            self._waiting[engine_id][priority] -= 1
+        self._running[engine_id] += 1
         try:
             yield
         finally:
-            self._leave()
+            self._running[engine_id] -= 1
+            async with self._changed:
+                self._changed.notify_all()
 
-    async def _enter(self) -> None:
-        if self._free > 0:
-            self._free -= 1
-            return
-        if len(self._waiting) >= self._queue:
-            raise QueueFull(f"All places are taken and {self._queue} requests wait; try again in a moment.")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except BaseException:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif not turn.cancelled():
-                self._leave()  # the place was handed over in the moment of leaving
-            raise
+    def announce(self, engine_id: str, waiting: int) -> None:
+        """How many more calls a batch holds for this engine outside the queue; it replaces what was said before."""
+        self._announced[engine_id] = waiting
 
-    def _leave(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+    def snapshot(self) -> dict[str, EngineStatus]:
+        return {
+            e: EngineStatus(
+                state=self.residency.states[e],
+                running=self._running[e],
+                waiting=dict(self._waiting[e]),
+                announced=self._announced[e],
+                loads=self.residency.loads[e],
+                load_s=self.residency.load_s[e],
+            )
+            for e in self.residency.engines
+        }
 
-
-def chains(
-    decision: RouteDecision, experts: Mapping[str, Expert], *, max_calls: int, hedge_after_s: float | None
-) -> list[Expert]:
-    """One Expert for each choice of ``decision``, backed by the next best candidates: at most ``max_calls`` are asked
-    altogether. A hedged choice takes the first spare."""
-    chosen = decision.expert_ids
-    if len(chosen) >= max_calls or len(chosen) == len(decision.scores):
-        return [experts[e] for e in chosen]
-    spares = iter([experts[e] for e in decision.ranked() if e not in chosen][: max_calls - len(chosen)])
-    rows: list[Expert] = []
-    for expert_id in chosen:
-        first = experts[expert_id]
-        if hedge_after_s is not None and (second := next(spares, None)) is not None:
-            first = Hedged(first, second, after_s=hedge_after_s)
-        rows.append(Fallback(first, spares))
-    return rows
+    async def _make_ready(self, engine_id: str) -> None:
+        while self.residency.states[engine_id] != "ready":
+            there = self.residency.resident()
+            if self.residency.slots is None or len(there) < self.residency.slots:
+                await self.residency.load(engine_id)
+                continue
+            idle = [e for e in there if not self._running[e]]
+            if idle:
+                await self.residency.unload(idle[0])
+            else:
+                await self._changed.wait()
 
 
-async def ask_all(experts: Sequence[Expert], request: Request) -> list[Completion]:
-    """Every expert at once; the answers in the experts' order, less those that failed.
+class Resident:
+    """An expert whose engine may have to be loaded first."""
 
-    Raises the first expert's failure when all fail. When the caller goes, every expert is stopped.
-    """
-    request = replace(request, stream=False)  # nobody sees an answer before all are there
-    tasks = [asyncio.create_task(collect(expert.generate(request), request)) for expert in experts]
-    # A gather that is cancelled cancels its tasks and waits for their end.
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, CollegiumError):
-            raise result
-    answers = [r for r in results if isinstance(r, Completion)]
-    if not answers:
-        raise next(r for r in results if isinstance(r, CollegiumError))
-    return answers
+    def __init__(self, inner: Expert, dispatcher: Dispatcher) -> None:
+        self.spec = inner.spec
+        self._inner = inner
+        self._dispatcher = dispatcher
 
+    async def generate(self, request: Request) -> ChunkStream:
+        engine_id, expires_s = self.spec.engine_id, request.expires_s
+        async with self._dispatcher.lease(engine_id, priority=request.priority, expires_s=expires_s):
+            async with aclosing(self._inner.generate(request)) as stream:
+                async for chunk in stream:
+                    yield chunk
 
-def affordable(pool: Sequence[ExpertSpec], request: Request, max_usd: float | None) -> list[ExpertSpec]:
-    """The experts whose dearest answer to ``request`` (see dearest_usd) stays within ``max_usd``. Raises BadRequest
-    when there is none."""
-    if max_usd is None:
-        return list(pool)
-    usd = {s.expert_id: dearest_usd(s, request) for s in pool}
-    within = [s for s in pool if usd[s.expert_id] <= max_usd]
-    if not within:
-        raise _too_dear(min(usd.values()), max_usd)
-    return within
-
-
-def calls_within(ranked: Iterable[ExpertSpec], request: Request, *, max_calls: int, max_usd: float) -> int:
-    """How many of ``ranked``, best first, may be asked: ``max_calls`` at most, and only as long as the dearest answers
-    of all of them together stay within ``max_usd``. Raises BadRequest when not even the first does.
-
-    An expert asked again after a failure counts once: what failed before it began has cost nothing.
-    """
-    calls, total = 0, 0.0
-    for spec in ranked:
-        total += dearest_usd(spec, request)
-        if calls == max_calls or total > max_usd:
-            break
-        calls += 1
-    if calls == 0:
-        raise _too_dear(total, max_usd)
-    return calls
-
-
-def dearest_usd(spec: ExpertSpec, request: Request) -> float:
-    """What an answer may cost at most. The prompt, the expert's own included, is counted at 4 characters a token; each
-    of the ``n`` answers at max_tokens (256 where neither the request nor the expert sets it)."""
-    own = (spec.system_prompt or "", *(text for demo in spec.demos for text in demo))
-    asked = (request.prompt or "", *(m.content or "" for m in request.messages))
-    prompt_tokens = sum(len(text) for text in (*own, *asked)) / 4
-    answer_tokens = request.params.n * (request.params.max_tokens or spec.defaults.max_tokens or 256)
-    return (prompt_tokens * spec.usd_per_mtok_in + answer_tokens * spec.usd_per_mtok_out) / 1e6
-
-
-def _too_dear(usd: float, max_usd: float) -> BadRequest:
-    return BadRequest(
-        f"No answer can be had for {max_usd:g} USD; it may take {usd:.4g}. "
-        "Raise collegium.max_usd or lower max_tokens.",
-        param="collegium.max_usd",
-    )
+    async def aclose(self) -> None:
+        await self._inner.aclose()
