@@ -21,6 +21,11 @@ class Tenant:
     def may_ask(self, model: str) -> bool:
         return not self.models or model in self.models
 
+    def check(self, model: str) -> None:
+        """Raises Forbidden."""
+        if not self.may_ask(model):
+            raise Forbidden(f"This API key may not ask for '{model}'.", param="model")
+
 
 ANYONE = Tenant(name=None)
 
