@@ -1,10 +1,22 @@
-"""What must hold before a batch starts on the command line: where its files lie, and that they can be written."""
+"""A batch in a process of its own: where its files lie, what must hold before it starts, and who answers it."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from experts.base import Engine
 from experts.errors import ConfigError
+from experts.types import EngineSpec
+from orchestrator.batches.lines import Reader
 from orchestrator.batches.output import check_room
 from orchestrator.batches.runner import Job, Order
+from orchestrator.batches.work import Bench
+from orchestrator.build import build_service, make_engine
+from orchestrator.config import Config
+from orchestrator.dispatch import Dispatcher, Resident
+from orchestrator.policies import Overrides
+from orchestrator.residency import Residency
+from orchestrator.security import ANYONE
 
 
 def job_for(source: Path, output: Path, *, order: Order, window: int) -> Job:
@@ -35,3 +47,23 @@ def check_start(job: Job, *, resume: bool) -> None:
         what = "is there: it was finished" if job.output.exists() else "was never begun"
         raise ConfigError(f"There is nothing to resume: {job.output} {what}. Leave --resume out to begin.")
     check_room(job.output.resolve().parent, 0 if begun else job.source.stat().st_size)
+
+
+@asynccontextmanager
+async def open_bench(
+    config: Config,
+    *,
+    overrides: Overrides | None = None,
+    resident: int | None = None,
+    make: Callable[[EngineSpec], Engine] = make_engine,
+) -> AsyncIterator[Bench]:
+    """Everything that answers, with no engine loaded yet; all are unloaded at the end. Raises ConfigError."""
+    service = build_service(config, make=make)
+    dispatcher = Dispatcher(Residency(service.engines, slots=resident or config.residency.slots or 1))
+    experts = {e: Resident(x, dispatcher) for e, x in service.experts.items()}
+    reader = Reader(service, tenant=ANYONE, overrides=overrides)
+    try:
+        yield Bench(service=service, experts=experts, dispatcher=dispatcher, reader=reader)
+    finally:
+        for engine in service.engines.values():
+            await engine.unload()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from experts.errors import ConfigError, Unavailable
 from orchestrator.batches.source import Place
 
@@ -77,6 +79,13 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as exc:
+            raise ConfigError(f"Another process works on this batch: it holds {path}.") from exc
+        except OSError as exc:
+            raise ConfigError(_unusable(path, exc)) from exc
         try:
             self._db = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
             self._db.executescript(
@@ -86,15 +95,17 @@ class Store:
                 f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT"
             )
         except sqlite3.Error as exc:
+            self._lock.release()
             raise ConfigError(_unusable(path, exc)) from exc
 
     def close(self) -> None:
         self._db.close()
+        self._lock.release()
 
     def remove(self) -> None:
         """The batch is over, and what it made lies elsewhere."""
         self.close()
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm", ".lock"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def about(self) -> dict[str, str]:
@@ -264,9 +275,7 @@ def _note(db: sqlite3.Connection, facts: Mapping[str, str]) -> None:
     db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", facts.items())
 
 
-def _unusable(path: Path, exc: sqlite3.Error) -> str:
-    if "locked" in str(exc):
-        return f"Another process works on this batch: it holds {path}."
+def _unusable(path: Path, exc: Exception) -> str:
     return f"Cannot keep the batch's state in {path}: {exc}. Its folder must be there, writable, and have room."
 
 

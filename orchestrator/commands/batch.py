@@ -1,8 +1,8 @@
 """collegium batch run: a file of requests, answered engine by engine in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,6 @@ from orchestrator.starter import find_config, read_config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.batches.work import Bench
     from orchestrator.config import Config
     from orchestrator.policies import Overrides
 
@@ -69,30 +68,11 @@ def run(
 async def _run(
     job: Job, config: "Config", overrides: "Overrides", resident: int | None, console: "Console"
 ) -> Mapping[str, Any]:
-    async with _bench(config, overrides, resident) as bench:
+    from orchestrator.batches.start import open_bench
+
+    async with open_bench(config, overrides=overrides, resident=resident) as bench:
         with _shown(console) as watch:
             return await Runner(job, lambda: bench, watch=watch).run()
-
-
-@asynccontextmanager
-async def _bench(config: "Config", overrides: "Overrides", resident: int | None) -> "AsyncIterator[Bench]":
-    """Everything that answers, with no engine loaded yet."""
-    from orchestrator.batches.lines import Reader
-    from orchestrator.batches.work import Bench
-    from orchestrator.build import build_service
-    from orchestrator.dispatch import Dispatcher, Resident
-    from orchestrator.residency import Residency
-    from orchestrator.security import ANYONE
-
-    service = build_service(config)
-    dispatcher = Dispatcher(Residency(service.engines, slots=resident or config.residency.slots or 1))
-    experts = {e: Resident(x, dispatcher) for e, x in service.experts.items()}
-    reader = Reader(service, tenant=ANYONE, overrides=overrides)
-    try:
-        yield Bench(service=service, experts=experts, dispatcher=dispatcher, reader=reader)
-    finally:
-        for engine in service.engines.values():
-            await engine.unload()
 
 
 @contextmanager
