@@ -155,4 +155,3 @@ def _policy(model: str, extension: Extension | None, service: Service, tenant: T
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "collegium"}
-

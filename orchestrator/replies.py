@@ -50,9 +50,7 @@ def embeddings_body(vectors: Iterable[Any], model: str, tokens: int, encoding: s
     return {
         "object": "list",
         "model": model,
-        "data": [
-            {"object": "embedding", "index": i, "embedding": _code(v, encoding)} for i, v in enumerate(vectors)
-        ],
+        "data": [{"object": "embedding", "index": i, "embedding": _code(v, encoding)} for i, v in enumerate(vectors)],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 

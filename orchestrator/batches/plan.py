@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from experts.errors import BadRequest, CollegiumError, ConfigError, NotFound
+from experts.errors import CollegiumError, ConfigError, NotFound
 from experts.types import Request
 from orchestrator.batches.lines import Asked, BadLine, Reader, custom_id, too_large
 from orchestrator.batches.rows import Rows

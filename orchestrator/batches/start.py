@@ -9,7 +9,7 @@ from experts.errors import ConfigError
 from experts.types import EngineSpec
 from orchestrator.batches.lines import Reader
 from orchestrator.batches.output import check_room
-from orchestrator.batches.runner import Job, Order
+from orchestrator.batches.session import Job, Order
 from orchestrator.batches.work import Bench
 from orchestrator.build import build_service, make_engine
 from orchestrator.config import Config

@@ -123,8 +123,9 @@ class Store:
         claims: Sequence[tuple[bytes, int]],
         twice: Callable[[int], Result],
         facts: Mapping[str, str],
-    ) -> int:
-        """Files what was planned of a stretch of lines, and how many of them got their row by it.
+    ) -> tuple[int, int]:
+        """Files what was planned of a stretch of lines. How many of them got their row by it, and how many of those go
+        to the error file.
 
         ``claims`` are the (digest of custom_id, n) of all of them; a line whose id an earlier one has gets the row that
         ``twice`` makes.
@@ -137,26 +138,28 @@ class Store:
             db.executemany("INSERT INTO calls VALUES (?, ?, ?, ?, 0, NULL)", _calls(fresh))
             _settle(db, settled)
             _note(db, facts)
-        return len(settled)
+        return len(settled), sum(not result.ok for result in settled)
 
     def engines(self) -> dict[str, int]:
         """Calls that are to be made, by engine."""
         with self._transaction() as db:
-            return dict(db.execute("SELECT engine, count(*) FROM calls WHERE state = 0 GROUP BY engine ORDER BY 2 DESC"))
+            return dict(
+                db.execute("SELECT engine, count(*) FROM calls WHERE state = 0 GROUP BY engine ORDER BY 2 DESC")
+            )
 
     def pending(self, engine_id: str, *, after: tuple[int, int], limit: int) -> list[Call]:
         """Calls to be made of one engine, in the order of lines, past the (n, slot) of ``after``."""
         found = "SELECT c.n, slot, expert, start, size, width FROM calls c JOIN lines l ON l.n = c.n"
         where = "WHERE state = 0 AND engine = ? AND (c.n, slot) > (?, ?) ORDER BY c.n, slot LIMIT ?"
         with self._transaction() as db:
-            return [_call(row) for row in db.execute(f"{found} {where}", (engine_id, *after, limit))]  # noqa: S608
+            return [_call(row) for row in db.execute(f"{found} {where}", (engine_id, *after, limit))]
 
     def arrived(self, *, after: tuple[int, int], limit: int) -> list[Call]:
         """Calls to be made of all engines, in the order of lines and of their decisions."""
         found = "SELECT c.n, slot, expert, start, size, width FROM calls c JOIN lines l ON l.n = c.n"
         where = "WHERE state = 0 AND (c.n, slot) > (?, ?) ORDER BY c.n, slot LIMIT ?"
         with self._transaction() as db:
-            return [_call(row) for row in db.execute(f"{found} {where}", (*after, limit))]  # noqa: S608
+            return [_call(row) for row in db.execute(f"{found} {where}", (*after, limit))]
 
     def settle(self, said: Sequence[Said], results: Sequence[Result], facts: Mapping[str, str]) -> list[Said]:
         """Files how calls ended, and the rows of lines that are done. Gives back the calls that were their lines'
@@ -187,10 +190,10 @@ class Store:
             return list(db.execute(query, (after, limit)))
 
     def counts(self) -> tuple[int, int]:
-        """Rows for the output, and for the error file."""
+        """Lines that have their row, and those of them that go to the error file."""
         with self._transaction() as db:
-            done, ok = db.execute("SELECT count(*), coalesce(sum(ok), 0) FROM results").fetchone()
-            return ok, done - ok
+            settled, ok = db.execute("SELECT count(*), coalesce(sum(ok), 0) FROM results").fetchone()
+            return settled, settled - ok
 
     def rows(self, *, ok: bool) -> Iterator[tuple[int, bytes]]:
         """(n, row) in the order of the input's lines."""

@@ -11,11 +11,13 @@ from orchestrator.resilience import CallRecord
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """``requests`` are the input's lines, blank ones aside; ``settled`` those that have their row. ``generate_s`` is
-    the time in which at least one call was under way; ``wall_s`` that of all attempts together."""
+    """``requests`` are the input's lines, blank ones aside; ``settled`` those that have their row, ``failed`` those of
+    them that go to the error file. ``generate_s`` is the time in which at least one call was under way; ``wall_s`` that
+    of all attempts together."""
 
     requests: int = 0
     settled: int = 0
+    failed: int = 0
     expert_calls: int = 0
     loads: int = 0
     load_s: float = 0.0

@@ -8,8 +8,8 @@ import orjson
 
 from experts.base import Expert, collect_choices
 from experts.errors import CollegiumError
-from experts.types import Completion, Request, Usage
-from orchestrator.batches.lines import Asked, Reader
+from experts.types import Completion, Usage
+from orchestrator.batches.lines import Asked, Reader, custom_id
 from orchestrator.batches.rows import Rows
 from orchestrator.batches.store import Call, Result, Said
 from orchestrator.build import FREE_AGGREGATORS, Service
@@ -17,7 +17,7 @@ from orchestrator.dispatch import Dispatcher
 from orchestrator.exchange import bugs_told
 from orchestrator.replies import answer_body, to_json
 from orchestrator.resilience import CallRecord
-from orchestrator.run import Policy, Run
+from orchestrator.run import Run
 from routers.base import RouteDecision
 
 
@@ -90,9 +90,11 @@ class Worker:
         except CollegiumError:
             return False  # a line that cannot be read any more needs nobody
 
-    async def combine(self, n: int, raw: bytes, decision: bytes, heard: Sequence[tuple[bool, str, bytes]]) -> Result:
-        """The row of a line whose calls have all ended."""
-        bench = self._bench()
+    async def combine(
+        self, n: int, raw: bytes, decision: bytes, heard: Sequence[tuple[bool, str, bytes]]
+    ) -> tuple[Result, list[CallRecord]]:
+        """The row of a line whose calls have all ended, and the calls that its aggregator made for it."""
+        bench, made = self._bench(), list[CallRecord]()
         try:
             asked = bench.reader.read(raw)
             policy, request = bench.reader.policy(asked), bench.reader.request(asked, self._rows.request_id(n))
@@ -102,22 +104,23 @@ class Worker:
                 raise read_failure(heard[0][2])
             run.calls = [record for answer in answers for record in answer.calls]
             with bugs_told():
-                return self._row(n, asked, run, await self._one(bench, run, answers))
+                completions = await self._one(bench, run, answers, made)
+                return self._row(n, asked, run, completions), made
         except CollegiumError as exc:
-            return self._rows.failure(n, asked.custom_id, exc)
+            return self._rows.failure(n, custom_id(raw), exc), made
 
-    async def _one(self, bench: Bench, run: Run, answers: Sequence[Answer]) -> list[Completion]:
-        """One answer, in as many choices as were asked for."""
+    async def _one(self, bench: Bench, run: Run, answers: Sequence[Answer], made: list[CallRecord]) -> list[Completion]:
+        """One answer, in as many choices as were asked for; ``made`` is given the aggregator's own calls."""
         decision = run.decision
         assert decision is not None  # noqa: S101  # combine() read it
         if len(decision.expert_ids) == 1:
             completions = answers[0].completions
         else:
-            own = Run(request=run.request, policy=run.policy, decision=decision)
+            own = Run(request=run.request, policy=run.policy, decision=decision, calls=made)
             async with bench.service.ledger.watch(own):
                 first = [answer.completions[0] for answer in answers]
                 completions = [await run.policy.aggregator.aggregate(run.request, decision, first)]
-            run.calls = [*run.calls, *own.calls]
+            run.calls = [*run.calls, *made]
         run.answer_usage, run.trace = completions[0].usage, completions[0].trace
         return completions
 

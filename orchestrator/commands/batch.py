@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.batches.runner import Job, Order, Progress, Runner, report_path
+from orchestrator.batches.runner import Runner, report_path
+from orchestrator.batches.session import Job, Order, Progress
 from orchestrator.commands.options import Aggregator, ConfigFile, RouterName, TopK
 from orchestrator.commands.screen import make_console
 from orchestrator.starter import find_config, read_config
@@ -101,7 +102,7 @@ class _Bar:
             self._task,
             description=progress.stage,
             completed=done or 0,
-            total=progress.total if done is not None else None,
+            total=progress.tally.requests if done is not None else None,
             numbers=_numbers(progress),
         )
 
@@ -114,10 +115,12 @@ class _Log:
         self._said: tuple[str, int] = ("", 0)
 
     def __call__(self, progress: Progress) -> None:
-        tenth = 0 if progress.stage == "reading" else 10 * progress.tally.settled // max(1, progress.total)
+        tenth = 0 if progress.stage == "reading" else 10 * progress.tally.settled // max(1, progress.tally.requests)
         if (progress.stage, tenth) != self._said:
             self._said = progress.stage, tenth
-            self._console.print(f"{progress.stage}: {progress.tally.settled}/{progress.total} {_numbers(progress)}")
+            self._console.print(
+                f"{progress.stage}: {progress.tally.settled}/{progress.tally.requests} {_numbers(progress)}"
+            )
 
 
 def _numbers(progress: Progress) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from experts.base import Engine
 from experts.fake import FakeEngine
 from experts.types import EngineSpec
-from orchestrator.batches.runner import Job, Progress, Runner
+from orchestrator.batches.runner import Runner
+from orchestrator.batches.session import Job, Progress
 from orchestrator.batches.start import job_for, open_bench
 from orchestrator.config import parse_config
 from orchestrator.policies import Overrides
@@ -49,7 +50,9 @@ class Batch:
     def write(self, lines: Iterable[Mapping[str, Any] | str | bytes]) -> None:
         with (self.folder / "in.jsonl").open("wb") as file:
             for each in lines:
-                raw = each if isinstance(each, bytes) else (each if isinstance(each, str) else json.dumps(each)).encode()
+                raw = (
+                    each if isinstance(each, bytes) else (each if isinstance(each, str) else json.dumps(each)).encode()
+                )
                 file.write(raw + b"\n")
 
     def job(self, **changes: Any) -> Job:

@@ -35,7 +35,12 @@ def test_several_engines_at_a_time(folder):
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("in.jsonl", "is the input itself"), ("none/out.jsonl", "There is no folder"), ("", "is a folder"), ("/proc/o", "Cannot write")],
+    [
+        ("in.jsonl", "is the input itself"),
+        ("none/out.jsonl", "There is no folder"),
+        ("", "is a folder"),
+        ("/proc/o", "Cannot write"),
+    ],
 )
 def test_what_cannot_be_written_is_said_before_any_work(folder, out, message):
     result = call(folder, out=out)

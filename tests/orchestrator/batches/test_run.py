@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from experts.errors import ConfigError, Unavailable
 from experts.types import Chunk, ChunkStream, ExpertSpec, Request
-from orchestrator.batches import runner as runner_module
+from orchestrator.batches import session
 from orchestrator.policies import Overrides
 from tests.orchestrator.batches.batch import Batch, config, line
 
@@ -81,7 +81,9 @@ async def test_experts_on_one_engine_share_its_load(tmp_path):
 
 async def test_completions_embeddings_and_the_commands_overrides(batch):
     completion = {"custom_id": "c", "method": "POST", "url": "/v1/completions"}
-    batch.write([{**completion, "body": {"model": "collegium", "prompt": "Once"}}, line("q"), line("three", model="three")])
+    batch.write(
+        [{**completion, "body": {"model": "collegium", "prompt": "Once"}}, line("q"), line("three", model="three")]
+    )
     report = await batch.run(overrides=Overrides(router="always", top_k=1))
     first, second, third = batch.rows()
     assert first["response"]["body"]["object"] == "text_completion"
@@ -174,7 +176,12 @@ async def test_an_engine_that_dies_in_the_middle(tmp_path):
 
 async def test_a_spare_is_asked_once_a_line_and_calls_stay_within_the_limit(tmp_path):
     batch = Batch(tmp_path, config(a={"fail": ["refuse"]}, b={"fail": ["refuse"]}))
-    batch.write([line("q", collegium={"router": "always", "top_k": 2}), line("p", collegium={"router": "always", "top_k": 1, "max_calls": 2})])
+    batch.write(
+        [
+            line("q", collegium={"router": "always", "top_k": 2}),
+            line("p", collegium={"router": "always", "top_k": 1, "max_calls": 2}),
+        ]
+    )
     await batch.run()
     assert batch.answers() == {"q": "three heard: What of q?"}
     assert [r["custom_id"] for r in batch.errors] == ["p"]
@@ -214,7 +221,7 @@ async def test_a_bug_in_an_engine_is_a_line_in_the_error_file(batch):
 
 
 async def test_a_long_file_is_read_in_pages(batch, monkeypatch):
-    monkeypatch.setattr(runner_module, "PAGE", 5)
+    monkeypatch.setattr(session, "PAGE", 5)
     monkeypatch.setattr("orchestrator.batches.plan.STRETCH_LINES", 7)
     batch.write([line(f"q{i}") for i in range(40)])
     report = await batch.run()
@@ -249,9 +256,9 @@ async def test_two_processes_cannot_work_on_one_batch(batch):
 async def test_progress_says_lines_and_loads(batch):
     batch.write([line(f"q{i}") for i in range(20)])
     await batch.run()
-    assert [p.stage for p in batch.progress][0] == "reading"
+    assert next(p.stage for p in batch.progress) == "reading"
     last = batch.progress[-1]
-    assert (last.stage, last.total, last.tally.settled, last.tally.loads) == ("writing", 20, 20, 3)
+    assert (last.stage, last.tally.requests, last.tally.settled, last.tally.loads) == ("writing", 20, 20, 3)
     assert last.tally.completion_tokens > 0
 
 
