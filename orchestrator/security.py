@@ -82,6 +82,15 @@ class KeyRing:
             bucket.take()
         return found
 
+    def named(self, name: str | None) -> Tenant:
+        """Who goes by ``name`` now. Raises Unauthorized where that key was taken out of the config."""
+        if name is None and not self._tenants:
+            return ANYONE
+        for _, tenant in self._tenants:
+            if tenant.name == name:
+                return tenant
+        raise Unauthorized(f"The API key of '{name}' is not known here any more.")
+
     def check_admin(self, authorization: str | None) -> None:
         """Raises Forbidden where no admin key is configured, Unauthorized where another one is given."""
         if self._admin is None:

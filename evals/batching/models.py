@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from experts.models import resolve
 
@@ -38,12 +39,11 @@ def _make(name: str, base: Path, target: Path) -> None:
     (target / MARK).touch()
 
 
-def _merge_low_rank(model: object, *, rank: int, share: float, seed: int) -> None:
+def _merge_low_rank(model: Any, *, rank: int, share: float, seed: int) -> None:
     """Adds B @ A to every query and value projection, as merging a LoRA adapter does, with ``share`` of its norm."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    assert isinstance(model, torch.nn.Module)
     for name, weight in model.named_parameters():
         if name.endswith(("q_proj.weight", "v_proj.weight")):
             delta = torch.randn(weight.shape[0], rank, generator=generator)

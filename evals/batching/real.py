@@ -22,8 +22,14 @@ import yaml
 from evals.batching.models import make_models
 
 LINES, SEED = 90, 7
-COUNTRIES = ["France", "Italy", "Spain", "Germany", "Austria", "Poland", "Norway", "Sweden", "Finland", "Denmark", "Greece", "Portugal", "Ireland", "Hungary", "Egypt", "Kenya", "Ghana", "Morocco", "Japan", "China", "India", "Nepal", "Thailand", "Vietnam", "Canada", "Cuba", "Mexico", "Peru", "Chile", "Brazil"]
-THINGS = ["bread", "water", "house", "garden", "river", "mountain", "winter", "summer", "mother", "brother", "school", "teacher", "window", "door", "table", "chair", "horse", "dog", "cat", "bird", "fish", "apple", "cheese", "wine", "milk", "train", "street", "town", "church", "friend"]
+COUNTRIES = """
+    France Italy Spain Germany Austria Poland Norway Sweden Finland Denmark Greece Portugal Ireland Hungary Egypt Kenya
+    Ghana Morocco Japan China India Nepal Thailand Vietnam Canada Cuba Mexico Peru Chile Brazil
+""".split()  # noqa: SIM905  # thirty in three lines
+THINGS = """
+    bread water house garden river mountain winter summer mother brother school teacher window door table chair horse
+    dog cat bird fish apple cheese wine milk train street town church friend
+""".split()  # noqa: SIM905
 KINDS = {
     "base": [f"What is the capital of {country}?" for country in COUNTRIES],
     "merged": [f"Tom has {3 + i} boxes with {2 + i % 7} pens each. How many pens does he have?" for i in range(30)],

@@ -60,10 +60,10 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except OSError as exc:
         _unlink(part)
-        raise Unavailable(
-            f"Cannot write {path}: {exc.strerror}. All answers are kept: make room, then run the same command with "
-            "--resume."
-        ) from exc
+        raise Unavailable(f"Cannot write {path}: {exc.strerror}. Make room, then go on (--resume).") from exc
+    except BaseException:
+        _unlink(part)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
