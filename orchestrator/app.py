@@ -18,6 +18,9 @@ from starlette.responses import Response
 from experts.base import Engine
 from experts.errors import BadRequest, CollegiumError, Unavailable
 from experts.types import EngineSpec
+from orchestrator.batches.endpoints import BatchEndpoints
+from orchestrator.batches.manager import Manager
+from orchestrator.batches.register import Register
 from orchestrator.build import Service, build_service, make_engine
 from orchestrator.config import Config, load_config
 from orchestrator.decisions import DecisionLog, MemoryShelf, SqliteShelf
@@ -55,17 +58,20 @@ def create_app(
         return build_service(config, engines, observers=observers, make=make)
 
     host = Host(config, build)
+    register = Register(config.batches.path) if config.batches.path else None
+    manager = Manager(host, register, config.batches) if register else None
     app = FastAPI(
         title="collegium",
         summary="One OpenAI-compatible service that answers every request with the right few models.",
-        lifespan=lambda _: _lifespan(host, decisions, tracing),
+        lifespan=lambda _: _lifespan(host, decisions, tracing, register, manager),
         redirect_slashes=False,
         docs_url=None,  # mount() brings one that works offline
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.host = host
-    mount(app, Endpoints(host, decisions, metrics, reload=lambda: _reload(host, config_path)))
+    endpoints = Endpoints(host, decisions, metrics, reload=lambda: _reload(host, config_path))
+    mount(app, endpoints, BatchEndpoints(host, register, manager, config.batches))
     _explain_errors(app, metrics)
     return app
 
@@ -78,22 +84,30 @@ def build_serve_app(args: Mapping[str, Any]) -> "Application":
 
 
 @asynccontextmanager
-async def _lifespan(host: Host, decisions: DecisionLog, tracing: Tracing | None) -> AsyncIterator[None]:
-    start = asyncio.create_task(_start(host))
+async def _lifespan(
+    host: Host, decisions: DecisionLog, tracing: Tracing | None, register: Register | None, manager: Manager | None
+) -> AsyncIterator[None]:
+    start = asyncio.create_task(_start(host, manager))
     try:
         yield
     finally:
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
+        if manager is not None:
+            await manager.close()
         await host.close()
         await asyncio.to_thread(decisions.close)
+        if register is not None:
+            await asyncio.to_thread(register.close)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 
 
-async def _start(host: Host) -> None:
+async def _start(host: Host, manager: Manager | None) -> None:
     try:
         await host.start()
+        if manager is not None:
+            await manager.start()
     except Unavailable:
         raise  # the service ended first
     except Exception:
@@ -108,7 +122,7 @@ async def _reload(host: Host, config_path: Path | None) -> None:
     old, new = host.service.config, load_config(config_path)
     await host.reload(new)
     log.info("config reloaded from %s", config_path)
-    for section in ("decisions", "telemetry"):
+    for section in ("batches", "decisions", "telemetry"):
         if getattr(old, section) != getattr(new, section):
             log.warning("'%s' changed in the config; that takes a restart", section)
 

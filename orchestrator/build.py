@@ -15,8 +15,10 @@ from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
 from orchestrator.aggregators.base import Aggregator, AggregatorParts
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
+from orchestrator.dispatch import Dispatcher
 from orchestrator.pipeline import Orchestrator
 from orchestrator.policies import PolicyBook
+from orchestrator.residency import Residency
 from orchestrator.resilience import Breaker, BreakerState, Retrying, Timed
 from orchestrator.run import Ledger, Observer, Policy
 from orchestrator.security import KeyRing
@@ -43,6 +45,7 @@ class Service:
     keys: KeyRing
     admission: Admission
     ledger: Ledger
+    dispatcher: Dispatcher
     orchestrator: Orchestrator
 
 
@@ -78,6 +81,7 @@ def build_service(
         keys=KeyRing(config.security),
         admission=admission,
         ledger=ledger,
+        dispatcher=Dispatcher(Residency(engines)),
         orchestrator=Orchestrator(
             experts=experts,
             admission=admission,

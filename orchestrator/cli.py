@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "orchestrator.commands.serve:app",
     "ask": "orchestrator.commands.ask:app",
     "route": "orchestrator.commands.route:app",
+    "batch": "orchestrator.commands.batch:app",
     "router": "orchestrator.commands.router:app",
     "eval": "evals.commands:app",
 }

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -43,6 +43,27 @@ async def read_body(http: HttpRequest, *, max_bytes: int, within_s: float) -> by
         await _discard(http, parts)
         raise TooLarge(f"The body is larger than {max_bytes} bytes.")
     return body
+
+
+async def stream_body(http: HttpRequest, *, max_bytes: int, stall_s: float) -> AsyncGenerator[bytes, None]:
+    """A body of any kind, piece by piece. Raises TooLarge past ``max_bytes``, SlowBody where nothing comes for so
+    long."""
+    parts, size = http.stream(), 0
+    fits = _declared(http) <= max_bytes
+    while fits:
+        try:
+            async with asyncio.timeout(stall_s):
+                part = await anext(parts, None)
+        except TimeoutError as exc:
+            raise SlowBody(f"The body stopped for {stall_s:g} s.") from exc
+        if part is None:
+            return
+        size += len(part)
+        fits = size <= max_bytes
+        if fits:
+            yield part
+    await _discard(http, parts)
+    raise TooLarge(f"The body is larger than {max_bytes} bytes.")
 
 
 async def _take(parts: AsyncIterator[bytes], max_bytes: int) -> bytes | None:

@@ -1,6 +1,5 @@
 """The HTTP paths. Bodies become dataclasses here; nothing below knows HTTP."""
 
-import base64
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from experts.errors import Forbidden, NotFound, Unavailable
+from experts.errors import NotFound, Unavailable
 from experts.types import Request
 from orchestrator.build import Service
 from orchestrator.client import read_body
@@ -22,7 +21,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, Extension, RouteBody
 from orchestrator.pipeline import deadline
 from orchestrator.policies import SERVICE_MODEL, Overrides
-from orchestrator.replies import ChatFormat, CompletionFormat, Format, explanation
+from orchestrator.replies import ChatFormat, CompletionFormat, Format, embeddings_body, explanation
 from orchestrator.run import Policy, Run
 from orchestrator.security import Tenant
 
@@ -63,22 +62,12 @@ class Endpoints:
         encoder = service.encoder()
         if body.model not in (SERVICE_MODEL, encoder.name):
             raise NotFound(f"No embedding model '{body.model}'; the encoder is '{encoder.name}'.", param="model")
-        _allow(body.model, tenant)
+        tenant.check(body.model)
         within = deadline(Request(prompt="", deadline_s=service.config.limits.deadline_s))
         async with within, service.admission.place():
             vectors = await encoder.encode(body.texts())
             tokens = await encoder.count_tokens(body.texts())
-        return JSONReply(
-            {
-                "object": "list",
-                "model": encoder.name,
-                "data": [
-                    {"object": "embedding", "index": i, "embedding": _code(v, body.encoding_format)}
-                    for i, v in enumerate(vectors)
-                ],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
-        )
+        return JSONReply(embeddings_body(vectors, encoder.name, tokens, body.encoding_format))
 
     async def models(self, http: HttpRequest) -> Response:
         service, tenant = self._enter(http, ready=False)
@@ -88,7 +77,7 @@ class Endpoints:
     async def model(self, http: HttpRequest, model: str) -> Response:
         service, tenant = self._enter(http, ready=False)
         service.policies.resolve(model)
-        _allow(model, tenant)
+        tenant.check(model)
         return JSONReply(_model(model))
 
     async def decision(self, http: HttpRequest, request_id: str) -> Response:
@@ -160,18 +149,9 @@ async def _read(http: HttpRequest, kind: type[B], service: Service) -> B:
 
 def _policy(model: str, extension: Extension | None, service: Service, tenant: Tenant) -> Policy:
     policy = service.policies.resolve(model, extension.overrides() if extension else Overrides())
-    _allow(model, tenant)
+    tenant.check(model)
     return policy
-
-
-def _allow(model: str, tenant: Tenant) -> None:
-    if not tenant.may_ask(model):
-        raise Forbidden(f"This API key may not ask for '{model}'.", param="model")
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "collegium"}
-
-
-def _code(vector: Any, encoding: str | None) -> Any:
-    return base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()

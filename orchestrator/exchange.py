@@ -14,7 +14,7 @@ from experts.errors import CollegiumError, Unavailable
 from experts.types import Chunk, Completion
 from orchestrator.client import Client, ClientGone, SlowBody, Stopped
 from orchestrator.pipeline import Orchestrator, deadline
-from orchestrator.replies import Format, error_body, explanation, to_json, usage_body
+from orchestrator.replies import Format, answer_body, error_body, explanation, to_json, usage_body
 from orchestrator.run import Run
 
 log = logging.getLogger(__name__)
@@ -109,18 +109,8 @@ class Whole:
             await _send(error_reply(exc, self._run.request.request_id), client)
 
     def _render(self, completions: list[Completion]) -> JSONReply:
-        run, request_id = self._run, self._run.request.request_id
-        body = {
-            "id": request_id,
-            "object": self._form.whole,
-            "created": self._created,
-            "model": completions[0].expert_id,
-            "choices": [self._form.choice(c) for c in completions],
-            "usage": usage_body(run.usage),
-        }
-        if self._explain:
-            body["collegium"] = explanation(run)
-        return JSONReply(body, headers={"x-collegium-decision": request_id})
+        body = answer_body(self._run, completions, self._form, created=self._created, explain=self._explain)
+        return JSONReply(body, headers={"x-collegium-decision": self._run.request.request_id})
 
 
 class Events:

@@ -1,5 +1,7 @@
 """OpenAI's HTTP format, outbound: completions, chunks, errors and explanations as dictionaries."""
 
+import base64
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -27,6 +29,34 @@ def usage_body(usage: Usage) -> JsonObject:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
     }
+
+
+def answer_body(
+    run: Run, completions: Sequence[Completion], form: "Format", *, created: int, explain: bool
+) -> JsonObject:
+    """A whole answer, one choice a completion."""
+    body = {
+        "id": run.request.request_id,
+        "object": form.whole,
+        "created": created,
+        "model": completions[0].expert_id,
+        "choices": [form.choice(c) for c in completions],
+        "usage": usage_body(run.usage),
+    }
+    return {**body, "collegium": explanation(run)} if explain else body
+
+
+def embeddings_body(vectors: Iterable[Any], model: str, tokens: int, encoding: str | None) -> JsonObject:
+    return {
+        "object": "list",
+        "model": model,
+        "data": [{"object": "embedding", "index": i, "embedding": _code(v, encoding)} for i, v in enumerate(vectors)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _code(vector: Any, encoding: str | None) -> Any:
+    return base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
 def explanation(run: Run) -> JsonObject:

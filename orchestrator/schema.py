@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from orchestrator import reply_models as replies
+from orchestrator.batches.endpoints import BatchBody, BatchEndpoints
 from orchestrator.endpoints import Endpoints
 from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, RouteBody
 
@@ -17,13 +18,13 @@ Handler = Callable[..., Awaitable[Any]]
 Responses = dict[int | str, dict[str, Any]]
 REF = "#/components/schemas/{model}"
 
-BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, RouteBody, EmbeddingBody)
+BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, RouteBody, EmbeddingBody, BatchBody)
 ERRORS = {
     400: "The request is wrong; the message says where.",
     401: "No such API key.",
     403: "This key may not do that.",
-    404: "No such model, policy or decision.",
-    413: "The body is larger than limits.max_body_bytes.",
+    404: "No such model, policy, decision, file or batch.",
+    413: "The body is larger than limits.max_body_bytes, or the file than batches.max_file_bytes.",
     429: "Too many requests of this key; see Retry-After.",
     500: "A bug or a mistake in the config; the message or the log says more.",
     503: "No capacity, or no expert could answer; see Retry-After.",
@@ -31,8 +32,8 @@ ERRORS = {
 }
 
 
-def mount(app: FastAPI, endpoints: Endpoints) -> None:
-    """Every path of ``endpoints``, described."""
+def mount(app: FastAPI, endpoints: Endpoints, batches: BatchEndpoints) -> None:
+    """Every path of ``endpoints`` and ``batches``, described."""
     say = replies
     about = "Answer a conversation"
     _asks(app, "/v1/chat/completions", endpoints.chat, ChatBody, say.ChatCompletion, about, say.ChatCompletionChunk)
@@ -65,9 +66,72 @@ def mount(app: FastAPI, endpoints: Endpoints) -> None:
         responses={200: _reply(replies.Reloaded), **_errors((400, 401, 403, 500))},
         openapi_extra={"security": [{"bearer": []}]},
     )
+    _mount_batches(app, batches)
     patch_fastapi(app)  # Swagger UI from the package, not from a CDN: /docs works offline
     document = _document(app)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def _mount_batches(app: FastAPI, batches: BatchEndpoints) -> None:
+    form = {"multipart/form-data": {"schema": _UPLOAD}}
+    body, batch, file = _json(BatchBody), replies.Batch, replies.File
+    for method, path, handler, reply, about, extra in (
+        ("POST", "/v1/files", batches.upload, file, "Upload a file of requests", _takes(form)),
+        (
+            "GET",
+            "/v1/files",
+            batches.files,
+            replies.Files,
+            "Your files, the newest first",
+            _asks_for("purpose", *_PAGE),
+        ),
+        ("GET", "/v1/files/{file_id}", batches.file, file, "One file", {}),
+        ("DELETE", "/v1/files/{file_id}", batches.delete, replies.FileDeleted, "Delete a file", {}),
+        ("POST", "/v1/batches", batches.create, batch, "Answer a file, engine by engine", _takes(body)),
+        ("GET", "/v1/batches", batches.batches, replies.Batches, "Your batches, the newest first", _asks_for(*_PAGE)),
+        ("GET", "/v1/batches/{batch_id}", batches.batch, batch, "One batch, and how far it is", {}),
+        ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, batch, "End a batch; its answers are kept", {}),
+    ):
+        responses = {200: _reply(reply), **_errors(tuple(ERRORS))}
+        more = {**extra, **_PERHAPS_A_KEY}
+        app.add_api_route(
+            path, handler, methods=[method], tags=["batches"], summary=about, responses=responses, openapi_extra=more
+        )
+    app.add_api_route(
+        "/v1/files/{file_id}/content",
+        batches.content,
+        methods=["GET"],
+        tags=["batches"],
+        summary="What is in a file",
+        responses={
+            200: {"description": "As it is.", "content": {"application/octet-stream": {"schema": _BINARY}}},
+            **_errors((401, 403, 404, 429, 503)),
+        },
+        openapi_extra=_PERHAPS_A_KEY,
+    )
+
+
+_PAGE = ("after", "limit", "order")
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    "after": {"type": "string", "description": "The id after which to go on."},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+    "order": {"enum": ["asc", "desc"], "default": "desc"},
+    "purpose": {"enum": ["batch", "batch_output"]},
+}
+_BINARY = {"type": "string", "format": "binary"}
+_UPLOAD = {
+    "type": "object",
+    "properties": {"file": _BINARY, "purpose": {"const": "batch"}},
+    "required": ["file", "purpose"],
+}
+
+
+def _takes(content: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _asks_for(*names: str) -> dict[str, Any]:
+    return {"parameters": [{"name": name, "in": "query", "schema": _PARAMETERS[name]} for name in names]}
 
 
 def _asks(

@@ -21,6 +21,11 @@ class Tenant:
     def may_ask(self, model: str) -> bool:
         return not self.models or model in self.models
 
+    def check(self, model: str) -> None:
+        """Raises Forbidden."""
+        if not self.may_ask(model):
+            raise Forbidden(f"This API key may not ask for '{model}'.", param="model")
+
 
 ANYONE = Tenant(name=None)
 
@@ -76,6 +81,15 @@ class KeyRing:
         if (bucket := self._buckets[str(found.name)]) is not None:
             bucket.take()
         return found
+
+    def named(self, name: str | None) -> Tenant:
+        """Who goes by ``name`` now. Raises Unauthorized where that key was taken out of the config."""
+        if name is None and not self._tenants:
+            return ANYONE
+        for _, tenant in self._tenants:
+            if tenant.name == name:
+                return tenant
+        raise Unauthorized(f"The API key of '{name}' is not known here any more.")
 
     def check_admin(self, authorization: str | None) -> None:
         """Raises Forbidden where no admin key is configured, Unauthorized where another one is given."""

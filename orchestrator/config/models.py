@@ -205,6 +205,18 @@ class Decisions(Section):
     path: Path | None = Field(None, description="SQLite file; without it decisions live in memory.")
 
 
+class Batches(Section):
+    """Files and batches over HTTP. Closed as long as there is no path; not under the Ray runtime."""
+
+    path: Path | None = Field(None, description="Folder for files, batches and their state.")
+    max_file_bytes: PositiveInt = 200 * 2**20
+    max_lines: PositiveInt = 1_000_000
+    max_files: PositiveInt = Field(1000, description="Files a tenant may keep; what batches wrote is not counted.")
+    max_unfinished: PositiveInt = Field(100, description="Batches of a tenant that wait or run.")
+    at_a_time: PositiveInt = Field(1, description="Batches that run; the others wait for their turn.")
+    window: int = Field(64, ge=1, le=4096, description="Calls of one engine that a batch has under way at a time.")
+
+
 class Telemetry(Section):
     otlp_endpoint: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -224,5 +236,6 @@ class Config(Section):
     resilience: Resilience = Resilience()
     security: Security = Security()
     decisions: Decisions = Decisions()
+    batches: Batches = Batches()
     telemetry: Telemetry = Telemetry()
     encoder: Encoder = Encoder()
