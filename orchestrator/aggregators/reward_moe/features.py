@@ -68,7 +68,12 @@ _SELF_PRAISE = (
 _STEPS = (
     *("first", "second", "then", "next", "therefore", "thus", "hence", " so ", "because", "since", "step", "finally"),
 )
-_SMALL_WORDS = frozenset("a an the of to in and or is are was were be by for on with that this it as at from".split())
+_SMALL_WORDS = frozenset(
+    (
+        *("a", "an", "the", "of", "to", "in", "and", "or", "is", "are", "was", "were", "be", "by", "for", "on", "with"),
+        *("that", "this", "it", "as", "at", "from"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
