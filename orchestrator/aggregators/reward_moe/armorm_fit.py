@@ -4,7 +4,7 @@ Legend: N answers, P prompts, D features, W width of the prompt's embedding, O o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,35 +64,24 @@ def fit_armorm(
     corpus: Corpus,
     *,
     seed: int,
+    base: ArmoRM | None = None,
     settings: GateSettings | None = None,
     on_advance: Callable[[int], None] = lambda _: None,
 ) -> ArmoRM:
-    base, settings = fit_rewards(corpus, seed=seed), settings or GateSettings()
-    raw = ArmoRM(
-        objectives=base.objectives,
-        weight_OD=base.weight_OD,
-        transform_OO=base.transform_OO
-        if settings.debias_in_training
-        else np.eye(len(base.objectives), dtype=np.float32),
-        scale_O=base.scale_O,
-        gate=base.gate,
-    )
+    """``base`` are the objectives, where they are fitted already."""
+    base, settings = base or fit_rewards(corpus, seed=seed), settings or GateSettings()
+    transform_OO = base.transform_OO if settings.debias_in_training else np.eye(len(base.objectives), dtype=np.float32)
     gate = fit_gate(
-        raw.rewards(corpus.inputs.features_ND),
+        replace(base, transform_OO=transform_OO).rewards(corpus.inputs.features_ND),
         corpus.inputs.prompts_PW,
         corpus.inputs.prompt_N,
         corpus.pairs_K2,
         settings,
         seed=seed,
+        weights_K=corpus.weights_K,
         on_advance=on_advance,
     )
-    return ArmoRM(
-        objectives=base.objectives,
-        weight_OD=base.weight_OD,
-        transform_OO=base.transform_OO,
-        scale_O=base.scale_O,
-        gate=gate,
-    )
+    return replace(base, gate=gate)
 
 
 def fit_gate(
@@ -103,6 +92,7 @@ def fit_gate(
     settings: GateSettings,
     *,
     seed: int,
+    weights_K: Array | None = None,
     on_advance: Callable[[int], None] = lambda _: None,
 ) -> Gate:
     """Bradley-Terry on the pairs; only the gate learns. Both answers of a pair have one prompt and so one set of
@@ -127,7 +117,7 @@ def fit_gate(
             return loss_of(gaps, torch.zeros_like(gaps))
 
         parameters = [*(p for layer in layers for p in layer.parameters()), scale]
-        minimise(parameters, loss, train, held_out, settings.schedule, on_advance=on_advance)
+        minimise(parameters, loss, train, held_out, settings.schedule, weights=weights_K, on_advance=on_advance)
     return Gate(
         weights=tuple(layer.weight.detach().numpy().T.copy() for layer in layers),
         biases=tuple(layer.bias.detach().numpy().copy() for layer in layers),

@@ -53,19 +53,24 @@ def minimise(
     held_out: Array,
     schedule: Schedule,
     *,
+    weights: Array | None = None,
     on_advance: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """``loss`` takes numbers of pairs. Leaves in ``parameters`` what did best on ``held_out`` (the last state where
-    that is empty); returns its loss there."""
+    """``loss`` takes numbers of pairs, which are drawn in proportion to ``weights``, and evenly without.
+
+    Leaves in ``parameters`` what did best on ``held_out`` (the last state where that is empty); returns its loss there.
+    """
     import torch
 
     rng = np.random.default_rng(schedule.seed)
     optimiser = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, schedule.steps)
+    chances = None if weights is None else weights[train] / weights[train].sum()
     best, kept, idle = float("inf"), [p.detach().clone() for p in parameters], 0
     for step in range(1, schedule.steps + 1):
         optimiser.zero_grad()
-        loss(rng.choice(train, min(schedule.batch, len(train)), replace=False)).backward()  # type: ignore[no-untyped-call]
+        rows = rng.choice(train, min(schedule.batch, len(train)), p=chances)
+        loss(rows).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         cosine.step()
         on_advance(1)

@@ -28,14 +28,16 @@ class Corpus:
     labels_NO: Array
     pairs_K2: Array
     categories: tuple[str, ...]
+    sources: tuple[str, ...]
     real_N: Array
 
     @property
-    def category_K(self) -> Array:
-        """The category of each pair, as numbers of the sorted names."""
-        names = sorted(set(self.categories))
-        codes_P = np.array([names.index(c) for c in self.categories])
-        found: Array = codes_P[self.inputs.prompt_N[self.pairs_K2[:, 0]]]
+    def weights_K(self) -> Array:
+        """How often each pair is to be learned from: a source's pairs count together as the root of their number, so
+        that a small one is heard beside a large one."""
+        _, codes_P = np.unique(self.sources, return_inverse=True)
+        codes_K = codes_P[self.inputs.prompt_N[self.pairs_K2[:, 0]]]
+        found: Array = 1 / np.sqrt(np.bincount(codes_K))[codes_K]
         return found
 
 
@@ -77,6 +79,7 @@ async def make_corpus(
         labels_NO=_labels(samples, names),
         pairs_K2=np.array(pairs, np.int64).reshape(-1, 2),
         categories=tuple(s.category for s in samples),
+        sources=tuple(s.source for s in samples),
         real_N=np.array([not (s.attacked and i == len(s.labels) - 1) for s in samples for i in range(len(s.labels))]),
     )
 

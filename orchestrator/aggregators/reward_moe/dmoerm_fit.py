@@ -57,6 +57,7 @@ class Category:
     prompt_N: Array
     pairs_K2: Array
     capabilities: Mapping[str, Array]
+    weights_K: Array | None = None
 
 
 def fit_dmoerm(
@@ -68,7 +69,11 @@ def fit_dmoerm(
         raise ConfigError("There is no pair to learn from: every answer to a prompt has the same grade.")
     route = Labels.fit(Questions(vectors_QW=inputs.prompts_PW, tasks=corpus.categories))
     everything = Category(
-        features_ND=inputs.features_ND, prompt_N=inputs.prompt_N, pairs_K2=corpus.pairs_K2, capabilities={}
+        features_ND=inputs.features_ND,
+        prompt_N=inputs.prompt_N,
+        pairs_K2=corpus.pairs_K2,
+        capabilities={},
+        weights_K=corpus.weights_K,
     )
     base = fit_base(everything, None, settings, seed=seed, on_advance=on_advance)
     capabilities = capability_pairs(corpus)
@@ -135,7 +140,8 @@ def fit_base(
             return torch.tanh(features @ weight + bias) @ value
 
         schedule = settings.base if start is None else settings.own
-        _learn(category, category.pairs_K2[rows], [weight, bias, value], score, schedule, seed, on_advance)
+        weights_K = None if category.weights_K is None else category.weights_K[rows]
+        _learn(category, category.pairs_K2[rows], [weight, bias, value], score, schedule, seed, on_advance, weights_K)
     return Base(weight_DH=_array(weight), bias_H=_array(bias), value_H=_array(value))
 
 
@@ -236,6 +242,7 @@ def _learn(
     schedule: Schedule,
     seed: int,
     on_advance: Advance,
+    weights_K: Array | None = None,
 ) -> None:
     import torch
 
@@ -246,7 +253,7 @@ def _learn(
     def loss(rows: Array) -> torch.Tensor:
         return loss_of(score(features[winners[rows]]), score(features[losers[rows]]))
 
-    minimise(parameters, loss, train, held_out, schedule, on_advance=on_advance)
+    minimise(parameters, loss, train, held_out, schedule, weights=weights_K, on_advance=on_advance)
 
 
 def _leaf(array: "Array | float") -> "torch.Tensor":

@@ -23,6 +23,8 @@ Labels = Mapping[str, float]
 
 ANSWERED, VERBOSITY = "readable", "verbosity"
 _MAX_PAIRS = 4
+_ATTACK_PAIRS = 2
+"""Of one sample: else half of all pairs would teach nothing but what an attack looks like."""
 _TEXTS = ("prompt", "response_a", "response_b")
 _SHARES = (("train", 0.6), ("val", 0.7), ("test", 1.0))
 """Of preference prompts: 60 % to learn from, 10 % to choose with, 30 % to measure on."""
@@ -30,10 +32,14 @@ _SHARES = (("train", 0.6), ("val", 0.7), ("test", 1.0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """``labels`` of each answer, ``pairs`` of places in the panel, winner first; ``category`` is what the outer route
-    of a DMoERM learns to tell. ``attacked`` says that the last answer is no real one."""
+    """``labels`` of each answer, ``pairs`` of places in the panel, winner first.
+
+    ``source`` is the pool's name or the preferences' file, ``category`` what the outer route of a DMoERM learns to
+    tell. ``attacked`` says that the last answer is no real one.
+    """
 
     panel: Panel
+    source: str
     category: str
     labels: tuple[Labels, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -142,9 +148,11 @@ def _graded(
         text, own = _attack(question, rng)
         texts, choices = [*texts, text], [*choices, None]
         labels.append({**dict.fromkeys(labels[0], 0.0), VERBOSITY: _verbosity(own)})
-        pairs += [(winner, len(found)) for winner in range(len(found))]
+        winners = rng.permutation(len(found))[:_ATTACK_PAIRS]
+        pairs += [(int(winner), len(found)) for winner in winners]
     return Sample(
         panel=make_panel(written(question, options), options, texts, choices),
+        source=records.name,
         category=task,
         labels=tuple(labels),
         pairs=tuple(pairs),
@@ -219,6 +227,7 @@ def _compared(row: Mapping[str, Any], name: str, rng: np.random.Generator, *, at
         pairs += [(0, 2), (1, 2)]
     return Sample(
         panel=make_panel(row["prompt"], (), texts, [None] * len(texts)),
+        source=name,
         category=name,
         labels=tuple(labels),
         pairs=tuple(pairs),

@@ -45,16 +45,18 @@ def fit_single(
     """``attacks`` False leaves the attacks among the training pairs out: the undefended base."""
     import torch
 
-    pairs_K2 = corpus.pairs_K2 if attacks else corpus.pairs_K2[corpus.real_N[corpus.pairs_K2].all(axis=1)]
+    kept = np.flatnonzero(corpus.real_N[corpus.pairs_K2].all(axis=1) | attacks)
+    pairs_K2, weights_K = corpus.pairs_K2[kept], corpus.weights_K[kept]
     schedule = schedule or Schedule(lr=3e-3, weight_decay=0.03, seed=seed)
     with deterministic(seed):
-        features = torch.from_numpy(corpus.inputs.features_ND)
-        winners, losers = torch.from_numpy(pairs_K2.T.copy())
-        weight = torch.zeros(features.shape[1], requires_grad=True)
+        features_ND = corpus.inputs.features_ND
+        gaps = torch.from_numpy(features_ND[pairs_K2[:, 0]] - features_ND[pairs_K2[:, 1]])
+        weight = torch.zeros(features_ND.shape[1], requires_grad=True)
         train, held_out = held_out_pairs(corpus.inputs.prompt_N[pairs_K2[:, 0]], 0.1, seed)
 
         def loss(rows: Array) -> torch.Tensor:
-            return loss_of(features[winners[rows]] @ weight, features[losers[rows]] @ weight)
+            found = gaps[rows] @ weight
+            return loss_of(found, torch.zeros_like(found))
 
-        minimise([weight], loss, train, held_out, schedule, on_advance=on_advance)
+        minimise([weight], loss, train, held_out, schedule, weights=weights_K, on_advance=on_advance)
     return Single(weight_D=weight.detach().numpy().astype(np.float32), width=corpus.inputs.prompts_PW.shape[1])
