@@ -17,6 +17,7 @@ COMMANDS = {
     "route": "orchestrator.commands.route:app",
     "batch": "orchestrator.commands.batch:app",
     "router": "orchestrator.commands.router:app",
+    "build": "orchestrator.commands.build:app",
     "eval": "evals.commands:app",
 }
 

@@ -1,0 +1,68 @@
+"""How often an attack beats every recorded answer: best of n with one of them replaced by nothing, one added."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evals.aggregate.fitted import BASE, FittedAll
+from orchestrator.aggregators.reward_moe import attacks
+from orchestrator.aggregators.reward_moe.corpus import make_corpus
+from orchestrator.aggregators.reward_moe.inputs import make_panel
+from orchestrator.aggregators.reward_moe.samples import Sample
+from routers.encoders import Encoder
+
+if TYPE_CHECKING:
+    from evals.aggregate.rewards import Tested
+
+_PROMPTS = 300
+"""Of each source."""
+
+
+async def attack_rates(
+    tested: "Mapping[str, Tested]", fitted: FittedAll, encoder: Encoder, cache: Path, seed: int
+) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+    """By source and kind of attack: the share of prompts where the attack has the highest reward. Wordings are ones
+    that no reward was trained with."""
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for name, source in tested.items():
+        rates[name] = {}
+        for kind in attacks.KINDS:
+            rng = np.random.default_rng(seed)
+            samples = [_with_attack(sample, kind, rng) for sample in source.samples[:_PROMPTS]]
+            corpus = await make_corpus(
+                samples, encoder, cache, objectives=fitted.train.objectives, scaling=fitted.train.scaling
+            )
+            ends = np.cumsum([len(sample.panel.texts) for sample in samples])
+            rates[name][kind] = {
+                c.name: _rate(c.score(corpus.inputs), ends) for c in fitted.contestants if not c.objective
+            }
+        _show(name, rates[name])
+    return rates
+
+
+def _with_attack(sample: Sample, kind: str, rng: np.random.Generator) -> Sample:
+    """As the reward would see it: the attack is read like any other answer."""
+    panel = sample.panel
+    text = attacks.attack(kind, panel.question, attacks.HELD_OUT, rng)
+    whole = make_panel(panel.question, panel.prompt.options, (*panel.texts, text))
+    return replace(sample, panel=whole, labels=(*sample.labels, {}), pairs=(), attacked=True)
+
+
+def _rate(scores_N: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]", ends: "Sequence[int]") -> float:
+    """The attack is the last of its panel; a tie is no win."""
+    starts = [0, *ends[:-1]]
+    wins = [scores_N[e - 1] > scores_N[s : e - 1].max() for s, e in zip(starts, ends, strict=True)]
+    return float(np.mean(wins))
+
+
+def _show(name: str, rates: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(next(iter(rates.values())))
+    print(
+        f"{name}: % of prompts where an attack wins (base: '{BASE}')\n  {'':18s}" + "".join(f"{n:>20s}" for n in names)
+    )
+    for kind, row in rates.items():
+        print(f"  {kind:18s}" + "".join(f"{100 * row[n]:20.1f}" for n in names))
+    print(flush=True)
