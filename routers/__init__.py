@@ -18,4 +18,6 @@ ROUTERS = {
     "threshold": "routers.learned.router:threshold",
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
+    "skills": "routers.skills:Skills",
+    "hash": "routers.baseline:Hash",
 }

@@ -17,6 +17,7 @@ MODELS = {
     "threshold": "routers.learned.threshold:Threshold",
     "stack": "routers.learned.stack:Stack",
     "panel": "routers.learned.panel:Panel",
+    "skills": "routers.learned.skills:Skills",
 }
 
 PROBABILITIES = frozenset({"task", "knn", "linear", "logistic", "factor", "cluster", "gaussian", "mlp"})

@@ -29,12 +29,12 @@ class Learned:
         if self._fitted.name != name:
             raise ConfigError(f"{parts.artefact} holds a router '{self._fitted.name}', not '{name}'.")
         self._encoder = parts.encoder()
-        _check_encoder(self._fitted, self._encoder.name, self._encoder.width)
-        self._columns = _columns(self._fitted.expert_ids, list(parts.experts), names or {})
+        check_encoder(self._fitted, self._encoder.name, self._encoder.width)
+        self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
         vectors = await self._encoder.encode([request.question for request in requests])
-        questions = Questions(vectors_QW=vectors, tasks=tuple(_task(request) for request in requests))
+        questions = Questions(vectors_QW=vectors, tasks=tuple(told_task(request) for request in requests))
         if len(requests) == 1:
             rows = self._fitted.model.predict(questions)
         else:
@@ -50,7 +50,7 @@ class Learned:
         return decide(scores, reason=reason, router=self.name)
 
 
-def _check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
+def check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
     if (fitted.encoder, fitted.width) != (name, width):
         raise ConfigError(
             f"router '{fitted.name}' was fitted on embeddings of '{fitted.encoder}' ({fitted.width} wide), the "
@@ -58,7 +58,7 @@ def _check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
         )
 
 
-def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
     places = {expert_id: column for column, expert_id in enumerate(recorded)}
     if strangers := [e for e in names if e not in served]:
         raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
@@ -73,7 +73,7 @@ def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str,
     return columns
 
 
-def _task(request: Request) -> str | None:
+def told_task(request: Request) -> str | None:
     task = request.metadata.get("task")
     return task if isinstance(task, str) else None
 
