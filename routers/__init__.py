@@ -19,5 +19,6 @@ ROUTERS = {
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
     "skills": "routers.skills:Skills",
+    "llm": "routers.llm:Llm",
     "hash": "routers.baseline:Hash",
 }

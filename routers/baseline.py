@@ -1,4 +1,4 @@
-"""Routers that learn nothing: always, direct, random, hash, round_robin, rules. The others are measured against them."""
+"""Routers that learn nothing: always, direct, random, hash, round_robin, rules. Others are measured against them."""
 
 import itertools
 import random

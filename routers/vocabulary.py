@@ -34,7 +34,7 @@ def _phrases(questions: Questions, seed: int, count: int) -> list[list[str]]:
         min_df=rarest,
         max_df=_COMMONEST if len(questions) >= 100 else 1.0,
         binary=True,
-        token_pattern=r"(?u)\b[a-zA-Z][a-zA-Z-]{2,}\b",
+        token_pattern=r"(?u)\b[a-zA-Z][a-zA-Z-]{2,}\b",  # noqa: S106  # no secret, an expression
     )
     try:
         contained = words.fit_transform(questions.texts)
