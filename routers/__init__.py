@@ -18,6 +18,8 @@ ROUTERS = {
     "threshold": "routers.learned.router:threshold",
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
+    "contrastive": "routers.learned.router:contrastive",
+    "cascade": "routers.learned.router:cascade",
     "skills": "routers.skills:Skills",
     "llm": "routers.llm:Llm",
     "hash": "routers.baseline:Hash",

@@ -4,4 +4,5 @@ AGGREGATORS = {
     "first": "orchestrator.aggregators.first:First",
     "vote": "orchestrator.aggregators.vote:Vote",
     "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
+    "cascade": "orchestrator.aggregators.cascade:Cascade",
 }

@@ -17,6 +17,8 @@ MODELS = {
     "threshold": "routers.learned.threshold:Threshold",
     "stack": "routers.learned.stack:Stack",
     "panel": "routers.learned.panel:Panel",
+    "contrastive": "routers.learned.contrastive:Contrastive",
+    "cascade": "routers.learned.cascade:Cascade",
     "skills": "routers.learned.skills:Skills",
 }
 
