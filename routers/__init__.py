@@ -20,6 +20,7 @@ ROUTERS = {
     "panel": "routers.learned.router:panel",
     "contrastive": "routers.learned.router:contrastive",
     "cascade": "routers.learned.router:cascade",
+    "value": "routers.value:Value",
     "skills": "routers.skills:Skills",
     "llm": "routers.llm:Llm",
     "hash": "routers.baseline:Hash",

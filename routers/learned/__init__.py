@@ -19,6 +19,7 @@ MODELS = {
     "panel": "routers.learned.panel:Panel",
     "contrastive": "routers.learned.contrastive:Contrastive",
     "cascade": "routers.learned.cascade:Cascade",
+    "value": "routers.learned.value:Value",
     "skills": "routers.learned.skills:Skills",
 }
 

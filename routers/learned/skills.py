@@ -24,9 +24,9 @@ class Rule:
 
     score: str = "shrunk"
     strength: float = 20.0
-    competence: str = "power"
+    competence: str = "none"
     temperature: float = 0.5
-    most: int = 3
+    most: int = 5
     floor: float = 0.1
 
 
