@@ -22,6 +22,7 @@ ROUTERS = {
     "cascade": "routers.learned.router:cascade",
     "value": "routers.value:Value",
     "skills": "routers.skills:Skills",
+    "prompts": "routers.prompts:Prompts",
     "llm": "routers.llm:Llm",
     "hash": "routers.baseline:Hash",
 }

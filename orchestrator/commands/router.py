@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.commands.prompts import prompts
+
 if TYPE_CHECKING:
     from routers.learned.artefact import Fitted
 
@@ -15,6 +17,7 @@ Example: collegium router fit linear --pool pools/mmlu-pro --out artefacts/linea
 """
 
 app = typer.Typer(no_args_is_help=True, help=_HELP, add_completion=False)
+app.command()(prompts)
 
 
 @app.command()
