@@ -27,7 +27,7 @@ from routers.base import Router, RouterParts
 from routers.encoders import Encoder, MiniLM
 from routers.static import WordLlama
 
-FREE_ROUTERS = ("always", "random", "round_robin")
+FREE_ROUTERS = ("always", "random", "hash", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
 """What a request may name even when no policy of the config uses it: they need no options and no artefact."""
 

@@ -18,4 +18,11 @@ ROUTERS = {
     "threshold": "routers.learned.router:threshold",
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
+    "contrastive": "routers.learned.router:contrastive",
+    "cascade": "routers.learned.router:cascade",
+    "value": "routers.value:Value",
+    "skills": "routers.skills:Skills",
+    "prompts": "routers.prompts:Prompts",
+    "llm": "routers.llm:Llm",
+    "hash": "routers.baseline:Hash",
 }

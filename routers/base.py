@@ -4,6 +4,7 @@ Routers score every candidate; how many to ask is policy and is applied afterwar
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from routers.encoders import Encoder
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteDecision:
     """Who is asked. ``expert_ids`` and ``weights`` (sum 1) are the model-level topk_ids and topk_weights;
-    ``scores`` holds every candidate, higher is better, so that policy can change without the router."""
+    ``scores`` holds every candidate, higher is better, so that policy can change without the router.
+
+    A router that recruits by lot names its ``draws`` in order: they go before the scores, and the first k of them are
+    a sample of k, whatever k policy asks for. An expert drawn twice is asked once and weighs twice."""
 
     expert_ids: tuple[str, ...]
     weights: tuple[float, ...]
@@ -25,13 +29,18 @@ class RouteDecision:
     reason: str
     router: str
     route_ms: float = 0.0
+    draws: tuple[str, ...] = ()
 
     def ranked(self) -> list[str]:
         """Every candidate, best first; ties keep the pool's order."""
-        return sorted(self.scores, key=lambda e: -self.scores[e])
+        by_score = sorted(self.scores, key=lambda e: -self.scores[e])
+        return list(dict.fromkeys((*self.draws, *by_score))) if self.draws else by_score
 
     def top(self, k: int) -> "RouteDecision":
-        """The same decision for ``k`` experts."""
+        """The same decision for ``k`` experts, fewer where draws repeat one."""
+        if self.draws:
+            counts = Counter(self.draws[:k])
+            return replace(self, expert_ids=tuple(counts), weights=normalise(list(counts.values())))
         chosen = tuple(self.ranked()[:k])
         return replace(self, expert_ids=chosen, weights=normalise([self.scores[e] for e in chosen]))
 

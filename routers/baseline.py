@@ -1,9 +1,10 @@
-"""Routers that learn nothing: always, direct, random, round_robin, rules. The others are measured against them."""
+"""Routers that learn nothing: always, direct, random, hash, round_robin, rules. Others are measured against them."""
 
 import itertools
 import random
 import re
 from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
 
 from experts.errors import BadRequest, ConfigError
 from experts.types import ExpertSpec, Request
@@ -61,6 +62,28 @@ class Random:
         source = self._random if seed is None else random.Random(str(seed))  # noqa: S311
         scores = {s.expert_id: source.random() for s in pool}
         return decide(scores, reason="drawn at random", router=self.name)
+
+
+class Hash:
+    """By the question's own hash: evenly spread, and the same question always goes to the same expert (the fixed random
+    routing of hash layers and THOR, arXiv 2110.04260), whatever the order of requests or of the pool. An expert that
+    joins or leaves moves only the questions that it wins or held (rendezvous hashing)."""
+
+    name = "hash"
+
+    def __init__(self, parts: RouterParts, *, seed: int = 0) -> None:
+        self._seed = seed
+
+    async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
+        return [self._place(request.question, pool) for request in requests]
+
+    def _place(self, question: str, pool: Sequence[ExpertSpec]) -> RouteDecision:
+        scores = {s.expert_id: self._score(question, s.expert_id) for s in pool}
+        return decide(scores, reason="by the question's hash", router=self.name)
+
+    def _score(self, question: str, expert_id: str) -> float:
+        raw = f"{self._seed}\0{expert_id}\0{question}".encode(errors="replace")
+        return int.from_bytes(blake2b(raw, digest_size=6).digest(), "little") / 2**48
 
 
 class RoundRobin:

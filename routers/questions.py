@@ -20,16 +20,22 @@ _BATCH = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """``tasks`` are labels that came with the questions; None where one came without."""
+    """``tasks`` are labels that came with the questions; None where one came without. ``texts`` are the questions as
+    written; empty where only their embeddings are known."""
 
     vectors_QW: Array
     tasks: tuple[str | None, ...]
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def take(self, rows: Array) -> Self:
-        return type(self)(vectors_QW=self.vectors_QW[rows], tasks=tuple(self.tasks[int(r)] for r in rows))
+        return type(self)(
+            vectors_QW=self.vectors_QW[rows],
+            tasks=tuple(self.tasks[int(r)] for r in rows),
+            texts=tuple(self.texts[int(r)] for r in rows) if self.texts else (),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What one evaluation is about: a pool, its experts, which questions are learned from and which are asked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from routers.costs import costs
@@ -41,13 +41,14 @@ class Setting:
             answers_QE=self.records.answers_QE[self.train],
             costs_E=self.costs_E,
             seed=self.seed,
+            expert_ids=self.records.expert_ids,
         )
 
     @property
     def asked(self) -> Questions:
         if not self.hide_tasks:
             return self.told
-        return Questions(vectors_QW=self.told.vectors_QW, tasks=(None,) * len(self.test))
+        return replace(self.told, tasks=(None,) * len(self.test))
 
     @property
     def told(self) -> Questions:
@@ -77,7 +78,7 @@ async def make_setting(
     cost, unit = costs(records)
     return Setting(
         records=records,
-        questions=Questions(vectors_QW=vectors, tasks=records.tasks),
+        questions=Questions(vectors_QW=vectors, tasks=records.tasks, texts=records.texts),
         train=rows[0],
         test=rows[1],
         cost_QE=cost,

@@ -8,4 +8,5 @@ AGGREGATORS = {
     "general_expert": "orchestrator.aggregators.general_expert:GeneralExpert",
     "vote": "orchestrator.aggregators.vote:Vote",
     "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
+    "cascade": "orchestrator.aggregators.cascade:Cascade",
 }

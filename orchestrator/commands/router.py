@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.commands.prompts import prompts
+
 if TYPE_CHECKING:
     from routers.learned.artefact import Fitted
 
@@ -15,6 +17,7 @@ Example: collegium router fit linear --pool pools/mmlu-pro --out artefacts/linea
 """
 
 app = typer.Typer(no_args_is_help=True, help=_HELP, add_completion=False)
+app.command()(prompts)
 
 
 @app.command()
@@ -69,5 +72,11 @@ def show(folder: Annotated[Path, typer.Argument(help="Folder of a fitted router.
     from orchestrator.commands.screen import make_console
     from routers.learned import artefact
     from routers.learned.fitting import describe
+    from routers.learned.skills import Skills
 
-    make_console(stderr=False).print(describe(artefact.load(folder)), markup=False)
+    console, fitted = make_console(stderr=False), artefact.load(folder)
+    console.print(describe(fitted), markup=False)
+    if isinstance(fitted.model, Skills):
+        console.print(fitted.model.profiles.table())
+        fitted.model.profiles.heat_map(folder / "profiles.png")
+        console.print(f"The heat map is in {folder / 'profiles.png'}.", markup=False)

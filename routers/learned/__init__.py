@@ -17,6 +17,10 @@ MODELS = {
     "threshold": "routers.learned.threshold:Threshold",
     "stack": "routers.learned.stack:Stack",
     "panel": "routers.learned.panel:Panel",
+    "contrastive": "routers.learned.contrastive:Contrastive",
+    "cascade": "routers.learned.cascade:Cascade",
+    "value": "routers.learned.value:Value",
+    "skills": "routers.learned.skills:Skills",
 }
 
 PROBABILITIES = frozenset({"task", "knn", "linear", "logistic", "factor", "cluster", "gaussian", "mlp"})

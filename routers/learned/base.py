@@ -18,13 +18,15 @@ FOLDS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """``scores_QE`` from 0 to 1; ``answers_QE`` as in Records; ``costs_E`` what a call costs on average."""
+    """``scores_QE`` from 0 to 1; ``answers_QE`` as in Records; ``costs_E`` what a call costs on average;
+    ``expert_ids`` may be empty where only columns matter."""
 
     questions: Questions
     scores_QE: Array
     answers_QE: Array
     costs_E: Array
     seed: int = 0
+    expert_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.questions):
@@ -42,6 +44,7 @@ class Training:
             answers_QE=self.answers_QE[rows],
             costs_E=self.costs_E,
             seed=self.seed,
+            expert_ids=self.expert_ids,
         )
 
 

@@ -18,11 +18,12 @@ async def fit_router(name: str, records: Records, encoder: Encoder, cache: Path,
     # Embedded whole: an evaluation of the same pool then finds them in the cache.
     vectors = await embed(encoder, records.texts, cache)
     training = Training(
-        questions=Questions(vectors_QW=vectors, tasks=records.tasks).take(rows),
+        questions=Questions(vectors_QW=vectors, tasks=records.tasks, texts=records.texts).take(rows),
         scores_QE=records.scores_QE[rows],
         answers_QE=records.answers_QE[rows],
         costs_E=costs(records)[0][rows].mean(axis=0),
         seed=seed,
+        expert_ids=records.expert_ids,
     )
     return Fitted(
         name=name,

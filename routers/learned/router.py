@@ -1,12 +1,14 @@
 """Serves a fitted model: embeds the questions, predicts, and decides among the experts of the service's pool."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
 from routers.base import RouteDecision, RouterParts, decide
 from routers.learned import artefact
+from routers.learned.base import Model
+from routers.learned.cascade import SPEND, Cascade
 from routers.questions import Questions
 from routers.records import Array
 
@@ -15,10 +17,18 @@ class Learned:
     """``names`` maps an expert of the service to the recorded one it is, where their ids differ.
 
     A request's ``metadata["task"]`` is read as its task; without one the task is guessed from the text. Experts that
-    the artefact does not know score as the worst of those it does: they are asked when nobody else can be.
+    the artefact does not know score as the worst of those it does: they are asked when nobody else can be. ``adjust``
+    changes what of the model is policy.
     """
 
-    def __init__(self, parts: RouterParts, name: str, names: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        parts: RouterParts,
+        name: str,
+        names: Mapping[str, str] | None,
+        *,
+        adjust: Callable[[Model], Model] = lambda model: model,
+    ) -> None:
         if parts.artefact is None:
             raise ConfigError(
                 f"router '{name}' must be fitted first: collegium router fit {name} --pool DIR --out DIR, then write "
@@ -28,17 +38,18 @@ class Learned:
         self._fitted = artefact.load(parts.artefact)
         if self._fitted.name != name:
             raise ConfigError(f"{parts.artefact} holds a router '{self._fitted.name}', not '{name}'.")
+        self._model = adjust(self._fitted.model)
         self._encoder = parts.encoder()
-        _check_encoder(self._fitted, self._encoder.name, self._encoder.width)
-        self._columns = _columns(self._fitted.expert_ids, list(parts.experts), names or {})
+        check_encoder(self._fitted, self._encoder.name, self._encoder.width)
+        self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
         vectors = await self._encoder.encode([request.question for request in requests])
-        questions = Questions(vectors_QW=vectors, tasks=tuple(_task(request) for request in requests))
+        questions = Questions(vectors_QW=vectors, tasks=tuple(told_task(request) for request in requests))
         if len(requests) == 1:
-            rows = self._fitted.model.predict(questions)
+            rows = self._model.predict(questions)
         else:
-            rows = await asyncio.to_thread(self._fitted.model.predict, questions)
+            rows = await asyncio.to_thread(self._model.predict, questions)
         return [self._decide(row, pool) for row in rows]
 
     def _decide(self, row: Array, pool: Sequence[ExpertSpec]) -> RouteDecision:
@@ -50,7 +61,7 @@ class Learned:
         return decide(scores, reason=reason, router=self.name)
 
 
-def _check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
+def check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
     if (fitted.encoder, fitted.width) != (name, width):
         raise ConfigError(
             f"router '{fitted.name}' was fitted on embeddings of '{fitted.encoder}' ({fitted.width} wide), the "
@@ -58,7 +69,7 @@ def _check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
         )
 
 
-def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
     places = {expert_id: column for column, expert_id in enumerate(recorded)}
     if strangers := [e for e in names if e not in served]:
         raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
@@ -73,7 +84,7 @@ def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str,
     return columns
 
 
-def _task(request: Request) -> str | None:
+def told_task(request: Request) -> str | None:
     task = request.metadata.get("task")
     return task if isinstance(task, str) else None
 
@@ -124,3 +135,14 @@ def stack(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Lear
 
 def panel(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
     return Learned(parts, "panel", names)
+
+
+def contrastive(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
+    return Learned(parts, "contrastive", names)
+
+
+def cascade(parts: RouterParts, *, names: Mapping[str, str] | None = None, spend: float = SPEND) -> Learned:
+    """``spend``: the budget, as a share of what its last stage alone would cost."""
+    if not 0 < spend <= 1:
+        raise ConfigError(f"router 'cascade': 'spend' is a share above 0, up to 1, not {spend}.")
+    return Learned(parts, "cascade", names, adjust=lambda m: m.at(spend) if isinstance(m, Cascade) else m)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from experts.errors import BadRequest, ConfigError
 from experts.types import ExpertSpec, Message, Request
 from routers.base import RouterParts
-from routers.baseline import Always, Direct, Random, RoundRobin, Rules
+from routers.baseline import Always, Direct, Hash, Random, RoundRobin, Rules
 
 
 class Expert:
@@ -48,6 +48,7 @@ ROUTERS = [
     Always(PARTS, expert="c"),
     Random(PARTS, seed=1),
     RoundRobin(PARTS),
+    Hash(PARTS),
     Rules(PARTS, rules=RULES, default="a"),
 ]
 
@@ -201,3 +202,20 @@ def test_a_bad_rule_is_named_by_its_number(bad, words):
 def test_a_default_nobody_knows_is_refused():
     with pytest.raises(ConfigError, match="default: no expert 'z'; known: a, b, c"):
         Rules(PARTS, rules=[], default="z")
+
+
+async def test_hash_spreads_questions_evenly_and_always_alike():
+    requests = [ask(f"question {i}") for i in range(3000)]
+    chosen = [d.expert_ids[0] for d in await route(Hash(PARTS), *requests)]
+    assert all(abs(n - 1000) < 120 for n in Counter(chosen).values())
+    again = [d.expert_ids[0] for d in await route(Hash(PARTS), *requests[::-1], pool=POOL[::-1])]
+    assert chosen == again[::-1]
+    other = [d.expert_ids[0] for d in await route(Hash(PARTS, seed=1), *requests)]
+    assert 0.25 < sum(a == b for a, b in zip(chosen, other, strict=True)) / 3000 < 0.42
+
+
+async def test_hash_moves_only_the_questions_of_who_left():
+    requests = [ask(f"question {i}") for i in range(600)]
+    before = [d.expert_ids[0] for d in await route(Hash(PARTS), *requests)]
+    after = [d.expert_ids[0] for d in await route(Hash(PARTS), *requests, pool=pool_of("a", "c"))]
+    assert all(x == y for x, y in zip(before, after, strict=True) if x != "b")

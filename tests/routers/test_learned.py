@@ -14,7 +14,7 @@ from routers.learned.task import Task
 from routers.learned.threshold import Threshold
 from routers.questions import Questions
 
-ONE_OF_EACH = [name for name in MODELS if name not in ("panel", "threshold")]
+ONE_OF_EACH = [name for name in MODELS if name not in ("panel", "threshold", "cascade")]
 
 
 def world(size, *, seed=0, skilled=0.9, other=0.3, told=True, width=24):
