@@ -28,6 +28,7 @@ class Fit:
     """A fitted router and what it predicts for the test split."""
 
     router: str
+    model: Model
     predicted: Array
     curve: list[tuple[float, float]]
     pair: PairCurve | None
@@ -114,6 +115,7 @@ def _fit(name: str, maker: type[Model], setting: Setting) -> Fit:
     predicted = model.predict(setting.asked)
     return Fit(
         router=name,
+        model=model,
         predicted=predicted,
         curve=cost_curve(predicted, setting.scores_QE, setting.cost_QE[setting.test], setting.costs_E),
         pair=_pair(predicted, setting),

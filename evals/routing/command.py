@@ -23,6 +23,7 @@ AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines
 Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
 Hide = Annotated[bool, typer.Option("--hide-tasks", help="Routers must guess the tasks of the test questions.")]
+Away = Annotated[bool, typer.Option("--leave-one-out", help="How well each expert joins a router fitted without it.")]
 Model = Annotated[str, typer.Option("--encoder", help="Encoder: its name or a folder.")]
 
 
@@ -39,6 +40,7 @@ def routing(
     out: Out = Path("routing-report"),
     encoder: Model = "all-minilm-l6-v2",
     hide_tasks: Hide = False,
+    leave_one_out: Away = False,
 ) -> None:
     """Fit routers on a pool's train split, and say whether they beat its best single expert on test.
 
@@ -61,6 +63,8 @@ def routing(
             out,
             encoder,
             hide_tasks,
+            leave_one_out,
+            is_robust=router == "all",
         )
     )
 
@@ -89,9 +93,14 @@ async def _run(
     out: Path,
     encoder_name: str,
     hide_tasks: bool,
+    leave_one_out: bool,
+    *,
+    is_robust: bool,
 ) -> None:
     from evals.routing import plots, report
     from evals.routing.bench import all_routers, evaluate
+    from evals.routing.joining import leave_each_out
+    from evals.routing.robustness import rewrite, robustness
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
     from routers.learned.artefact import model_class
@@ -110,6 +119,15 @@ async def _run(
 
         evaluation = await evaluate(setting, names, top_ks=top_ks, aggregator=aggregator, on_router=tell)
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
+    with bars(console) as progress:
+        if is_robust:
+            progress.start("rewriting questions", None, "bytes")
+            found["robustness"] = robustness(evaluation.fits, await rewrite(setting, encoder), setting)
+        if leave_one_out:
+            progress.start("leaving experts out", len(setting.records.experts), "bytes")
+            found["leave_one_out"] = await leave_each_out(
+                setting, names[0], encoder, on_expert=lambda: progress.advance(1)
+            )
     report.write(found, out)
     plots.draw(evaluation, out)
     _show(evaluation, found)

@@ -5,6 +5,7 @@ curve). APGR is the mean share of the gap that is recovered over all shares; the
 All experts: the one with the best ``score - price x cost``, for a sweep of prices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from routers.records import Array
 
 PRICES = 60
+BUDGETS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +76,25 @@ def cost_curve(predicted_QE: Array, scores_QE: Array, cost_QE: Array, costs_E: A
     prices = [0.0, *(spread * np.geomspace(1e-3, 1e3, PRICES))]
     chosen = [(predicted_QE - price * costs_E).argmax(axis=1) for price in prices]
     return [(float(cost_QE[rows, c].mean()), float(scores_QE[rows, c].mean(dtype=np.float64))) for c in chosen]
+
+
+def hull_area(points: Sequence[tuple[float, float]], low: float, high: float) -> float | None:
+    """The mean score over all budgets from ``low`` to ``high`` (RouterBench's AIQ, arXiv 2403.12031, section 3.3).
+
+    A budget buys the best mix of two points that costs no more; a dearer point is never worse than a cheaper one.
+    """
+    if high <= low:
+        return None
+    hull: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda p: (p[0], -p[1])):
+        if hull and score <= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], (cost, score)) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append((cost, score))
+    budgets = np.linspace(low, high, BUDGETS)
+    return float(np.interp(budgets, *zip(*hull, strict=True)).mean())
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / max(b[0] - a[0], 1e-12)

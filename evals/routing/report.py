@@ -1,7 +1,7 @@
 """report.json (contracts.md) and report.md of an evaluation. Times are the only part that a seed does not repeat."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import orjson
 
 from evals.routing.baselines import Baseline
 from evals.routing.bench import Evaluation, Result
-from evals.routing.curves import PairCurve
+from evals.routing.curves import PairCurve, hull_area
+from evals.routing.setting import Setting
 from evals.routing.statistics import Estimate
 from routers.costs import COSTS
 from routers.records import Array
@@ -33,6 +34,8 @@ def as_json(evaluation: Evaluation, encode_ms: Array) -> dict[str, Any]:
         "cost_unit": setting.unit,
         "encode_ms_p50": _percentile(encode_ms, 50),
         "encode_ms_p99": _percentile(encode_ms, 99),
+        "self_consistency": None,
+        "singles_cost_area": _area(setting, singles(setting)),
         "baselines": {name: _baseline(name, b, evaluation) for name, b in evaluation.baselines.items()},
         "results": [_result(r, evaluation, encode_ms) for r in evaluation.results],
     }
@@ -66,6 +69,7 @@ def _result(result: Result, evaluation: Evaluation, encode_ms: Array) -> dict[st
         "usd_per_1k": mean_cost * 1e3 if in_usd else None,
         "pair": None if result.fit.pair is None else _pair(result.fit.pair, evaluation.setting.records.expert_ids),
         "ece": None if result.fit.calibration is None else result.fit.calibration.ece,
+        "cost_area": _area(evaluation.setting, result.fit.curve),
         "cost_curve": [list(point) for point in result.fit.curve],
         "fit_s": result.fit.fit_s,
         "decide_ms_p50": _percentile(result.fit.decide_ms, 50),
@@ -85,6 +89,18 @@ def _pair(pair: PairCurve, expert_ids: tuple[str, ...]) -> dict[str, Any]:
         "strong_calls_for_50": pair.calls_for(0.5),
         "strong_calls_for_80": pair.calls_for(0.8),
     }
+
+
+def singles(setting: Setting) -> list[tuple[float, float]]:
+    """(mean cost, mean score) of each expert on the test split."""
+    costs = setting.cost_QE[setting.test].mean(axis=0)
+    return [(float(c), float(s)) for c, s in zip(costs, setting.scores_QE.mean(axis=0, dtype=np.float64), strict=True)]
+
+
+def _area(setting: Setting, points: Sequence[tuple[float, float]]) -> float | None:
+    """Between the cheapest and the dearest expert; every curve may fall back on the cheapest one."""
+    costs = [cost for cost, _ in singles(setting)]
+    return hull_area([min(singles(setting)), *points], min(costs), max(costs))
 
 
 def _estimate(estimate: Estimate) -> dict[str, Any]:
@@ -108,21 +124,25 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
             f"{'' if report['tasks_told'] else ', whose tasks routers are not told'}; seed {report['seed']}. Scores "
             f"in percent, with 95 % intervals by bootstrap over questions; the difference is paired, to the best "
             f"single expert on train. {report['unanswered_test']} answers are missing and score 0. "
-            f"Cost: {COSTS[report['cost_unit']]}.",
+            f"Cost: {COSTS[report['cost_unit']]}. Self-consistency: one answer a question is recorded, so there is none.",
             "",
             "| | score | ci95 | difference to best single | calls | cost | |",
             "|---|---|---|---|---|---|---|",
             *(_baseline_row(name, b) for name, b in report["baselines"].items()),
             *(_result_row(r) for r in report["results"]),
             "",
-            "| router | gap to oracle closed | APGR | beyond the random mix | strong calls for 50 % / 80 % | ECE "
-            "| fit s | decide ms p50 / p99 | route ms p50 / p99 |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| router | gap to oracle closed | APGR | beyond the random mix | strong calls for 50 % / 80 % | cost area "
+            "| ECE | fit s | decide ms p50 / p99 | route ms p50 / p99 |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *(_detail_row(r) for r in report["results"]),
             "",
             "Gap to oracle closed: 0 is the best single expert, 1 the best answer of all. APGR: 0.5 is the random mix "
-            "of the strong and the weak expert. Decide: embedding given; route: with the encoder.",
+            "of the strong and the weak expert. Cost area: the mean score over all budgets between the cheapest and the "
+            f"dearest expert; of single experts and their mixes it is {_number(report['singles_cost_area'])}. Decide: "
+            "embedding given; route: with the encoder.",
             "",
+            *_robustness(report.get("robustness")),
+            *_left_out(report.get("leave_one_out")),
             *(f"![{name}]({name}.png)" for name in ("scores", "cost", "pair", "reliability")),
             extra,
             "",
@@ -151,10 +171,59 @@ def _detail_row(r: Mapping[str, Any]) -> str:
     return (
         f"| {r['router']} | {_number(r['oracle_gap_closed'])} | {_number(pair.get('apgr'))} "
         f"| {_number(pair.get('beyond_random'))} | {_number(pair.get('strong_calls_for_50'))} / "
-        f"{_number(pair.get('strong_calls_for_80'))} | {_number(r['ece'])} | {r['fit_s']:.1f} "
+        f"{_number(pair.get('strong_calls_for_80'))} | {_number(r['cost_area'])} | {_number(r['ece'])} | {r['fit_s']:.1f} "
         f"| {_number(r['decide_ms_p50'])} / {_number(r['decide_ms_p99'])} "
         f"| {_number(r['route_ms_p50'])} / {_number(r['route_ms_p99'])} |"
     )
+
+
+def _robustness(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    names = list(next(iter(found["routers"].values())))
+    return [
+        "## When only the wording changes",
+        "",
+        f"Flipped decisions in percent, and the score with its paired difference to the question as it was asked; "
+        f"{found['n']} test questions, one call. Begging asks for {found['dearest']}; 'sent' is how often it is obeyed, "
+        "against how often that expert is chosen anyway.",
+        "",
+        "| router | as asked | " + " | ".join(names[1:]) + " | sent |",
+        "|---" * (len(names) + 2) + "|",
+        *(_robust_row(router, trials) for router, trials in found["routers"].items()),
+        "",
+    ]
+
+
+def _robust_row(router: str, trials: Mapping[str, Any]) -> str:
+    plain, *others = trials.values()
+    cells = [f"{_percent(t['flipped'])} flipped, {_percent(t['score'])}, {_signed(t['difference'])}" for t in others]
+    sent = f"{_percent(others[-1]['sent_to_dearest'])} for {_percent(plain['sent_to_dearest'])}"
+    return f"| {router} | {_percent(plain['score'])} | " + " | ".join(cells) + f" | {sent} |"
+
+
+def _left_out(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    mean = found["mean"]
+    return [
+        f"## When an expert joins a fitted router ({found['router']})",
+        "",
+        f"Each expert left out in turn, then added by its card, or by {found['graded']} graded questions; scores in percent, "
+        f"one call. The router fitted with all: {_percent(found['refitted'])}. On average without the expert "
+        f"{_percent(mean['without'])}, by card {_percent(mean['by_card'])}, by questions {_percent(mean['by_grades'])}; "
+        f"its mean score is missed by {_percent(mean['error_by_card'])} and {_percent(mean['error_by_grades'])} points.",
+        "",
+        "| expert | alone | without | by card | chosen | by questions | chosen |",
+        "|---|---|---|---|---|---|---|",
+        *(_left_row(row) for row in found["experts"]),
+        "",
+    ]
+
+
+def _left_row(row: Mapping[str, Any]) -> str:
+    keys = ("true", "without", "by_card", "share_by_card", "by_grades", "share_by_grades")
+    return f"| {row['expert']} | " + " | ".join(_percent(row[key]) for key in keys) + " |"
 
 
 def _percent(share: float) -> str:

@@ -53,15 +53,20 @@ async def ask(predicted_QE: Array, setting: Setting, aggregator: Aggregator, top
     if aggregator.takes_one or top_k == 1:
         return take_first(predicted_QE, setting)
     ranked = np.argsort(-predicted_QE, axis=1, kind="stable")[:, :top_k]
-    scores = [
+    found = [
         await _answer(int(q), row, predicted_QE[i], setting, aggregator)
         for i, (q, row) in enumerate(zip(setting.test, ranked, strict=True))
     ]
-    costs = np.take_along_axis(setting.cost_QE[setting.test], ranked, axis=1).sum(axis=1)
-    return Outcome(scores=np.array(scores), calls=np.full(len(ranked), float(top_k)), costs=costs)
+    scores, calls = (np.array(column) for column in zip(*found, strict=True))
+    made = np.arange(top_k) < calls[:, None]
+    costs = (np.take_along_axis(setting.cost_QE[setting.test], ranked, axis=1) * made).sum(axis=1)
+    return Outcome(scores=scores, calls=calls.astype(np.float64), costs=costs)
 
 
-async def _answer(question: int, ranked: Array, predicted: Array, setting: Setting, aggregator: Aggregator) -> float:
+async def _answer(
+    question: int, ranked: Array, predicted: Array, setting: Setting, aggregator: Aggregator
+) -> tuple[float, int]:
+    """The score of the answer, and how many calls it took: best-ranked first, until the rest cannot change it."""
     records = setting.records
     ids = records.expert_ids
     candidates = RouteDecision(
@@ -71,9 +76,13 @@ async def _answer(question: int, ranked: Array, predicted: Array, setting: Setti
     request = Request(
         request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": setting.seed}
     )
-    completions = [_completion(question, int(e), setting) for e in ranked]
+    completions: list[Completion] = []
+    for place, expert in enumerate(ranked, 1):
+        completions.append(_completion(question, int(expert), setting))
+        if await aggregator.settled(request, decision, completions, [ids[int(e)] for e in ranked[place:]]):
+            break
     winner = await aggregator.aggregate(request, decision, completions)
-    return float(records.scores_QE[question, ids.index(winner.expert_id)])
+    return float(records.scores_QE[question, ids.index(winner.expert_id)]), len(completions)
 
 
 def _completion(question: int, expert: int, setting: Setting) -> Completion:

@@ -101,7 +101,8 @@ async def test_test_answers_are_not_learned_from(make_pool, cache):
 async def test_several_calls_vote_with_the_services_own_aggregator(make_pool, cache):
     evaluation, report = await evaluated(make_pool(questions=400), cache, ["linear"], top_ks=[1, 4], aggregator="vote")
     one, four = report["results"]
-    assert (one["mean_calls"], four["mean_calls"]) == (1.0, 4.0)
+    assert one["mean_calls"] == 1.0
+    assert 3.0 <= four["mean_calls"] < 4.0, "three that agree leave the fourth nothing to decide"
     assert four["aggregator"] == "vote"
     # The same four voters; only ties fall otherwise, to the expert that the router trusts most.
     assert four["score"] >= report["baselines"]["majority_vote"]["score"]
