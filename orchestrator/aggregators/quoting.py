@@ -32,6 +32,14 @@ def without_reasoning(text: str) -> str:
     return (rest[: opening.start()] if opening else rest).strip()
 
 
+def after_reasoning(text: str) -> str:
+    """``text`` as a voter reads it: without reasoning that was closed; where nothing follows it, all of it."""
+    if "</" not in text:
+        return text
+    closings = list(_CLOSING.finditer(text))
+    return (text[closings[-1].end() :] if closings else text).strip() or text
+
+
 def clip(text: str, limit: int) -> str:
     """At most about ``limit`` characters: the middle gives way, for questions stand at the start and answers at the
     end."""
