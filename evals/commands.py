@@ -2,10 +2,12 @@
 
 import typer
 
+from evals.aggregate.command import aggregators
 from evals.routing.command import routing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(routing)
+app.command()(aggregators)
 
 
 # Without a callback typer would drop the word 'routing' while it is the only evaluation.
