@@ -22,16 +22,21 @@ class Ballot:
     counts: float = 0.0
 
 
+def _counting(ballot: Ballot, counts: float) -> Ballot:
+    # dataclasses.replace() takes five times as long.
+    return Ballot(completion=ballot.completion, answer=ballot.answer, weight=ballot.weight, counts=counts)
+
+
 Counting = Callable[[Sequence[Ballot]], list[Ballot]]
 
 
 def by_head(ballots: Sequence[Ballot]) -> list[Ballot]:
-    return [replace(b, counts=1.0) for b in ballots]
+    return [_counting(b, 1.0) for b in ballots]
 
 
 def by_weight(ballots: Sequence[Ballot]) -> list[Ballot]:
     shares = iter(normalise([b.weight for b in ballots if b.answer is not None]))
-    return [b if b.answer is None else replace(b, counts=next(shares)) for b in ballots]
+    return [b if b.answer is None else _counting(b, next(shares)) for b in ballots]
 
 
 def make_ballots(

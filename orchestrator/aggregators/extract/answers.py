@@ -5,7 +5,7 @@ import re
 from orchestrator.aggregators.extract.formulas import formula
 from orchestrator.aggregators.extract.latex import box, without_latex
 from orchestrator.aggregators.extract.numbers import first_number, last_number, settle_percents, whole_number
-from orchestrator.aggregators.extract.plain import plain, tail
+from orchestrator.aggregators.extract.plain import backwards, plain, tail
 
 _LETTER = re.compile(r"[(\[*\s]{0,4}([A-Za-z])[)\].:*\s]{0,4}")
 _VARIABLE = re.compile(r"^\s*\$?[A-Za-z]\s?=\s?")
@@ -49,12 +49,12 @@ def same(a: str, b: str) -> bool:
 
 def stated(text: str) -> str | None:
     """What follows the last "answer is", "Answer:" or "####", up to the end of its sentence, or None."""
-    text, end = tail(text), None
-    for match in _CUE.finditer(text):
-        end = match.end()
-    if end is None:
+    text = tail(text)
+    cue = next((match for at in backwards(text, ("answer", "####")) if (match := _CUE.match(text, at))), None)
+    if cue is None:
         return None
-    return _SENTENCE_END.split(text[end : end + _SHORT].lstrip(" \t\n*:=_\"'"), 1)[0].strip() or None
+    said = text[cue.end() : cue.end() + _SHORT].lstrip(" \t\n*:=_\"'")
+    return _SENTENCE_END.split(said, 1)[0].strip() or None
 
 
 def number(text: str) -> str | None:
