@@ -12,7 +12,8 @@ from dataclasses import replace
 from experts.base import Expert, collect_choices
 from experts.errors import BadRequest, ConfigError, DeadlineExceeded
 from experts.types import Chunk, ChunkStream, Completion, Request
-from orchestrator.dispatch import Admission, affordable, calls_within, chains
+from orchestrator.aggregators.base import consulted
+from orchestrator.dispatch import Admission, affordable, calls_within, chains, combined_usd
 from orchestrator.panel import ask_panel
 from orchestrator.run import Ledger, Policy, Run
 from routers.base import RouteDecision
@@ -44,6 +45,7 @@ class Orchestrator:
             run.decision = await self.route(run.request, run.policy)
             self._ledger.note_route(run)
             max_calls = self._max_calls(run.decision, run.request, run.policy)
+            max_calls -= len(consulted(run.policy.aggregator, run.decision.expert_ids))
             experts = chains(run.decision, self._experts, max_calls=max_calls, hedge_after_s=self._hedge_after_s)
             if len(experts) == 1:
                 async with aclosing(experts[0].generate(run.request)) as stream:
@@ -71,10 +73,21 @@ class Orchestrator:
         if not decision.scores or decision.scores.keys() - self._experts.keys():
             raise ConfigError(f"Router '{decision.router}' chose among {sorted(decision.scores)}; fit it again.")
         top_k = 1 if policy.aggregator.takes_one else policy.top_k
-        top_k = min(top_k, self._max_calls(decision, request, policy))
+        top_k = self._affordable(decision.top(min(top_k, self._max_calls(decision, request, policy))), request, policy)
         if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
             raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
         return replace(decision.top(top_k), route_ms=(time.perf_counter() - started) * 1e3)
+
+    def _affordable(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
+        """How many of the chosen may be asked, so that what the aggregator asks itself is within the budgets too."""
+        specs = {spec.expert_id: spec for spec in self._pool}
+        for count in range(len(decision.expert_ids), 1, -1):
+            asked = decision.expert_ids[:count]
+            consults = consulted(policy.aggregator, asked)
+            usd = combined_usd([specs[e] for e in asked], [specs[e] for e in consults], request)
+            if count + len(consults) <= policy.max_calls and (policy.max_usd is None or usd <= policy.max_usd):
+                return count
+        return 1
 
     def _max_calls(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
         if policy.max_usd is None:

@@ -112,6 +112,12 @@ class GeneralExpert:
     ) -> bool:
         return not pending
 
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        own, count = self._expert.spec.expert_id, len(expert_ids)
+        if self._mode == "rank":
+            return (own,) * (count * (count - 1))
+        return (own, *((self._summariser.spec.expert_id,) * count if self._summariser else ()))
+
     # Prediction
 
     async def _predict(

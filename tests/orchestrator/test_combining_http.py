@@ -1,6 +1,6 @@
 """Several experts behind one request, over HTTP: whatever they say, or fail to say, one well-formed reply comes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,11 +47,27 @@ PANELS = {
 }
 
 
+OWN_CALLS: dict[str, Callable[[int], int]] = {
+    "fuse": lambda n: 1,
+    "general_expert predict": lambda n: 1,
+    "general_expert rank": lambda n: n * (n - 1),
+    "debate": lambda n: n,
+}
+
+
+def _name(aggregator: Any) -> str:
+    if not isinstance(aggregator, dict):
+        return str(aggregator)
+    name: str = aggregator["name"]
+    return f"{name} {aggregator['options'].get('mode', 'predict')}" if name == "general_expert" else name
+
+
 def panel(*experts: str, **policy: Any) -> dict[str, Any]:
     """A policy that asks these experts, best first, and nobody in their place."""
     rules = [{"min_chars": 1, "expert": e} for e in experts]
     router = {"name": "rules", "options": {"rules": rules, "default": experts[-1]}}
-    return {"router": router, "top_k": len(experts), "max_calls": len(experts), "aggregator": "vote", **policy}
+    max_calls = len(experts) + OWN_CALLS.get(_name(policy.get("aggregator")), lambda n: 0)(len(experts))
+    return {"router": router, "top_k": len(experts), "max_calls": max_calls, "aggregator": "vote", **policy}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +78,7 @@ def served() -> Iterator[Served]:
         for combiner, aggregator in COMBINERS.items()
     }
     policies |= {
-        "default": panel("a", "eight", "seven", aggregator="first"),
+        "default": panel("a", "eight", "seven", aggregator="first", max_calls=4),
         "dead": panel("broken", "broken2"),
         "quorum": panel("slow", "a", "seven", quorum=2, late_s=0.05),
         "settled": panel("a", "slow", "eight"),
@@ -73,7 +89,7 @@ def served() -> Iterator[Served]:
         "engines": {e: {"backend": "fake", "options": o} for e, o in ENGINES.items()},
         "experts": {e: {"engine": e.rstrip("23")} for e in [*ENGINES, "empty2", "empty3", "broken2"]},
         "policies": policies,
-        "limits": {"deadline_s": 2.0},
+        "limits": {"deadline_s": 2.0, "max_calls": 64},
         "resilience": {"retries": 0, "breaker_failures": 1000},
         "encoder": {"model": "wordllama"},
     }

@@ -126,17 +126,13 @@ class _Reader:
         return _SIGNS.get(word, word.removeprefix("\\").casefold())
 
     def _fraction(self) -> str:
+        follows_a_number = self._at > 1 and self._tokens[self._at - 2].isdigit()
         over, below = self._argument(), self._argument()
         if below.startswith("-") and over:
             over, below = over[1:] if over.startswith("-") else f"-{over}", below[1:]
-        mixed = " " if self._at >= 3 and over.isdigit() and below.isdigit() and self._follows_a_number() else ""
+        mixed = " " if follows_a_number and over.isdigit() and below.isdigit() else ""  # 2\frac13 is 2 1/3
         sign, over = ("-", over[1:]) if over.startswith("-") else ("", over)
         return f"{mixed}{sign}{_bracketed(over)}/{_bracketed(below)}"
-
-    def _follows_a_number(self) -> bool:
-        """Whether a number stands before the fraction just read: 2\\frac13 is mixed."""
-        start = max((i for i in range(self._at) if self._tokens[i] in _FRACTIONS), default=0)
-        return start > 0 and self._tokens[start - 1].isdigit()
 
     def _peek(self) -> str:
         return self._tokens[self._at] if self._at < len(self._tokens) else ""
