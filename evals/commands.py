@@ -3,12 +3,14 @@ inside."""
 
 import typer
 
+from evals.aggregate.command import aggregators
 from evals.generation.command import run
 from evals.routing.command import routing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(routing)
 app.command()(run)
+app.command()(aggregators)
 
 
 @app.callback()

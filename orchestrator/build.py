@@ -13,7 +13,7 @@ from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
 from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
-from orchestrator.aggregators.base import Aggregator, AggregatorParts
+from orchestrator.aggregators.base import Aggregator, AggregatorParts, consulted
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
 from orchestrator.dispatch import Dispatcher
 from orchestrator.pipeline import Orchestrator
@@ -135,12 +135,19 @@ def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: C
         aggregator = make_aggregator(wanted.aggregator, experts, encoder)
     except ConfigError as exc:
         raise ConfigError(f"policies.{name}: {exc.message}") from exc
+    max_calls = wanted.max_calls or config.limits.max_calls
+    own = len(consulted(aggregator, tuple(experts)[: wanted.top_k]))
+    if wanted.top_k + own > max_calls:
+        raise ConfigError(
+            f"policies.{name}: {wanted.top_k} experts and the {own} calls of aggregator '{aggregator.name}' need "
+            f"max_calls (and limits.max_calls) of {wanted.top_k + own}, not {max_calls}."
+        )
     return Policy(
         name=name,
         router=router,
         aggregator=aggregator,
         top_k=wanted.top_k,
-        max_calls=wanted.max_calls or config.limits.max_calls,
+        max_calls=max_calls,
         max_usd=wanted.max_usd,
         one_by_one=wanted.one_by_one,
         quorum=wanted.quorum,

@@ -66,6 +66,13 @@ def dearest_usd(spec: ExpertSpec, request: Request) -> float:
     return (prompt_tokens * spec.usd_per_mtok_in + answer_tokens * spec.usd_per_mtok_out) / 1e6
 
 
+def combined_usd(asked: Sequence[ExpertSpec], consulted: Sequence[ExpertSpec], request: Request) -> float:
+    """What the answers of ``asked`` may cost at most, and what is asked of ``consulted`` about all of them."""
+    answers_tokens = sum(request.params.max_tokens or spec.defaults.max_tokens or 256 for spec in asked)
+    reading = sum(spec.usd_per_mtok_in for spec in consulted) * answers_tokens / 1e6
+    return sum(dearest_usd(spec, request) for spec in (*asked, *consulted)) + reading
+
+
 def _too_dear(usd: float, max_usd: float) -> BadRequest:
     return BadRequest(
         f"No answer can be had for {max_usd:g} USD; it may take {usd:.4g}. "

@@ -13,7 +13,8 @@ from experts.base import Expert, collect_choices
 from experts.errors import BadRequest, ConfigError, DeadlineExceeded
 from experts.types import Chunk, ChunkStream, Completion, Request
 from orchestrator.admission import Admission
-from orchestrator.chains import affordable, calls_within, chains
+from orchestrator.aggregators.base import consulted
+from orchestrator.chains import affordable, calls_within, chains, combined_usd
 from orchestrator.panel import ask_panel
 from orchestrator.run import Ledger, Policy, Run
 from routers.base import RouteDecision
@@ -85,20 +86,36 @@ class Orchestrator:
         return [replace(decision, route_ms=route_ms) for decision in chosen]
 
     def max_calls(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
-        """How many experts may be asked altogether, spares included."""
-        if policy.max_usd is None:
-            return policy.max_calls
-        ranked = (self._experts[e].spec for e in decision.ranked())
-        return calls_within(ranked, request, max_calls=policy.max_calls, max_usd=policy.max_usd)
+        """How many experts may be asked altogether, spares included, besides those whom the aggregator consults."""
+        consults = consulted(policy.aggregator, decision.expert_ids)
+        return self._calls_within(decision, request, policy) - len(consults)
 
     def _choose(self, decision: RouteDecision, request: Request, policy: Policy) -> RouteDecision:
         if not decision.scores or decision.scores.keys() - self._experts.keys():
             raise ConfigError(f"Router '{decision.router}' chose among {sorted(decision.scores)}; fit it again.")
         top_k = 1 if policy.aggregator.takes_one else policy.top_k
-        top_k = min(top_k, self.max_calls(decision, request, policy))
+        top_k = min(top_k, self._calls_within(decision, request, policy))
+        top_k = self._combinable(decision.top(top_k), request, policy)
         if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
             raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
         return decision.top(top_k)
+
+    def _calls_within(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
+        if policy.max_usd is None:
+            return policy.max_calls
+        ranked = (self._experts[e].spec for e in decision.ranked())
+        return calls_within(ranked, request, max_calls=policy.max_calls, max_usd=policy.max_usd)
+
+    def _combinable(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
+        """How many of the chosen may be asked, so that what the aggregator asks itself is within the budgets too."""
+        for count in range(len(decision.expert_ids), 1, -1):
+            asked = decision.expert_ids[:count]
+            consults = consulted(policy.aggregator, asked)
+            specs = [[self._experts[e].spec for e in ids] for ids in (asked, consults)]
+            usd = combined_usd(*specs, request) if policy.max_usd is not None else 0.0
+            if count + len(consults) <= policy.max_calls and (policy.max_usd is None or usd <= policy.max_usd):
+                return count
+        return 1
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ AGGREGATORS = {
     "first": "orchestrator.aggregators.first:First",
     "fuse": "orchestrator.aggregators.fuse:Fuse",
     "general_expert": "orchestrator.aggregators.general_expert:GeneralExpert",
+    "pick_aggregator": "orchestrator.aggregators.pick:PickAggregator",
     "vote": "orchestrator.aggregators.vote:Vote",
     "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
     "cascade": "orchestrator.aggregators.cascade:Cascade",

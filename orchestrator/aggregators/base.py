@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from experts.base import Expert
 from experts.types import Completion, Request
@@ -20,6 +20,19 @@ class AggregatorParts:
     encoder: Callable[[], Encoder]
     experts: Mapping[str, Expert]
     artefact: Path | None = None
+
+
+@runtime_checkable
+class Consulting(Protocol):
+    """An aggregator that asks experts itself: its calls count in a request's budgets."""
+
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        """Whom it may ask to combine the answers of ``expert_ids``: an expert for each call, at most."""
+
+
+def consulted(aggregator: object, expert_ids: Sequence[str]) -> Sequence[str]:
+    """What ``aggregator`` asks itself to combine several answers; nobody where there is but one."""
+    return aggregator.consults(expert_ids) if isinstance(aggregator, Consulting) and len(expert_ids) > 1 else ()
 
 
 class Aggregator(Protocol):

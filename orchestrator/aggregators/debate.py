@@ -72,6 +72,9 @@ class Debate:
     ) -> bool:
         return not pending
 
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        return tuple(expert_ids) * self._rounds
+
     async def _debate(self, request: Request, answers: Sequence[Completion]) -> list[Completion]:
         texts = [clip(without_reasoning(a.text or ""), self._answer_chars) for a in answers]
         quotation = quote(texts, what="Answer", secret=request.request_id)

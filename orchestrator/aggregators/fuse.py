@@ -79,6 +79,9 @@ class Fuse:
     ) -> bool:
         return not pending
 
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        return (self._expert.spec.expert_id,)
+
     def _read(self, decision: RouteDecision, completions: Sequence[Completion]) -> list[_Response]:
         """Those that say something, best-ranked expert first."""
         read = [(c, without_reasoning(c.text or "")) for c in by_rank(decision, completions)]

@@ -13,7 +13,7 @@ from experts.errors import CollegiumError, ExpertFailed
 from experts.types import Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
 from orchestrator.aggregators.consult import consult, find_expert, to_judge, to_write
-from orchestrator.aggregators.election import by_rank, by_weight, elect, read_ballots
+from orchestrator.aggregators.election import by_rank, by_weight, elect, make_ballots
 from orchestrator.aggregators.extract import letter
 from orchestrator.aggregators.labels import checked_labels, read_label
 from orchestrator.aggregators.quoting import clip, quote, unmarked, without_reasoning
@@ -112,6 +112,12 @@ class GeneralExpert:
     ) -> bool:
         return not pending
 
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        own, count = self._expert.spec.expert_id, len(expert_ids)
+        if self._mode == "rank":
+            return (own,) * (count * (count - 1))
+        return (own, *((self._summariser.spec.expert_id,) * count if self._summariser else ()))
+
     # Prediction
 
     async def _predict(
@@ -158,7 +164,8 @@ class GeneralExpert:
         """The reports vote: by their labels, where there are labels."""
         if self._mode == "rank" or not self._labels:
             return await vote_instead(request, decision, completions, because)
-        ballots = read_ballots(request, decision, completions, lambda text, _: read_label(text, self._labels))
+        labels = [read_label(c.text or "", self._labels) for c in completions]
+        ballots = make_ballots(decision, completions, labels)
         elected = elect(by_weight(ballots), request)
         label = (elected.trace or {}).get("winner")
         trace = {**noted(elected.trace, f"{because}: the reports vote"), "mode": "predict"}

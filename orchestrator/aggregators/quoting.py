@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from orchestrator.aggregators.extract.plain import backwards
+
 _OPENING = re.compile(r"<(think|thinking|reasoning)>", re.IGNORECASE)
-_CLOSING = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
+_CLOSINGS = ("</think>", "</thinking>", "</reasoning>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +28,21 @@ def unmarked(answer: str, tag: str) -> str:
 def without_reasoning(text: str) -> str:
     """What stands after the last ``</think>``; nothing of a block that was never closed (Symbolic-MoE passes on only
     what follows the reasoning)."""
-    closings = list(_CLOSING.finditer(text))
-    rest = text[closings[-1].end() :] if closings else text
+    rest = text[_reasoning_ends(text) :]
     opening = _OPENING.search(rest)
     return (rest[: opening.start()] if opening else rest).strip()
+
+
+def after_reasoning(text: str) -> str:
+    """``text`` as a voter reads it: without reasoning that was closed; where nothing follows it, all of it."""
+    if "</" not in text:
+        return text
+    return text[_reasoning_ends(text) :].strip() or text
+
+
+def _reasoning_ends(text: str) -> int:
+    last = next(backwards(text, _CLOSINGS), None)
+    return 0 if last is None else text.index(">", last) + 1
 
 
 def clip(text: str, limit: int) -> str:

@@ -11,24 +11,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experts.types import JSON, Completion, Request
-from orchestrator.aggregators.election import by_head, by_weight, elect, is_safe, read_ballots
-from orchestrator.aggregators.extract import make_extract
+from orchestrator.aggregators.base import AggregatorParts
+from orchestrator.aggregators.election import by_head, by_weight, elect, is_safe, make_ballots
+from orchestrator.aggregators.reading import make_reader
 from routers.base import RouteDecision
+
+THRESHOLD = 0.85
+"""See docs/aggregators.md for what it tells apart."""
 
 
 class Vote:
-    """One expert, one vote. ``extract`` is a kind (auto, letter, number, boxed, json, text), ``field`` a JSON path."""
+    """One expert, one vote. ``extract`` is a kind (auto, letter, number, boxed, json, text, or embedding: texts whose
+    cosine reaches ``threshold`` vote together), ``field`` a JSON path."""
 
     name = "vote"
     takes_one = False
 
-    def __init__(self, *, extract: str = "auto", field: str | None = None) -> None:
-        self._extract = make_extract(extract, field)
+    def __init__(
+        self,
+        parts: AggregatorParts | None = None,
+        *,
+        extract: str = "auto",
+        field: str | None = None,
+        threshold: float = THRESHOLD,
+    ) -> None:
+        self._reader = make_reader(parts, extract, field, threshold)
 
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
-        ballots = read_ballots(request, decision, completions, self._extract)
+        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return elect(by_head(ballots), request)
 
     async def settled(
@@ -36,7 +48,9 @@ class Vote:
     ) -> bool:
         """Exact but for percentages: True when no answers of ``pending`` can make another answer win. Who words the
         winning answer may still change."""
-        ballots = read_ballots(request, decision, completions, self._extract)
+        if not (pending and self._reader.is_stable):
+            return not pending
+        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return is_safe(ballots, decision, pending, by_head, request)
 
 
@@ -46,20 +60,29 @@ class WeightedVote:
     name = "weighted_vote"
     takes_one = False
 
-    def __init__(self, *, extract: str = "auto", field: str | None = None) -> None:
-        self._extract = make_extract(extract, field)
+    def __init__(
+        self,
+        parts: AggregatorParts | None = None,
+        *,
+        extract: str = "auto",
+        field: str | None = None,
+        threshold: float = THRESHOLD,
+    ) -> None:
+        self._reader = make_reader(parts, extract, field, threshold)
 
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
-        ballots = read_ballots(request, decision, completions, self._extract)
+        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return elect(by_weight(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         """As Vote's."""
-        ballots = read_ballots(request, decision, completions, self._extract)
+        if not (pending and self._reader.is_stable):
+            return not pending
+        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return is_safe(ballots, decision, pending, by_weight, request)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from experts.base import Engine
 from experts.types import ChunkStream, EngineSpec, ExpertSpec, Request
+from orchestrator.aggregators.base import consulted
 from orchestrator.build import Service, build_service, make_engine
 from orchestrator.commands.question import Explanation, Question, View
 from orchestrator.config import Config
@@ -60,7 +61,7 @@ async def ask(config: Config, question: Question, view: View) -> Explanation:
         decision = await _decide(service, question, policy, view)
         shown = _shown(decision)
         view.routed(shown)
-        await _load(service, decision, view)
+        await _load(service, [*decision.expert_ids, *consulted(policy.aggregator, decision.expert_ids)], view)
         run = Run(request=question.request(config), policy=replace(policy, router=_Decided(decision)))
         async with deadline(run.request), aclosing(service.orchestrator.generate(run)) as chunks:
             async for chunk in chunks:
@@ -83,9 +84,9 @@ async def _decide(service: Service, question: Question, policy: Policy, view: Vi
     return await service.orchestrator.route(question.request(service.config), policy)
 
 
-async def _load(service: Service, decision: RouteDecision, view: View) -> None:
+async def _load(service: Service, expert_ids: Sequence[str], view: View) -> None:
     """Before the deadline runs."""
-    for engine_id in dict.fromkeys(service.experts[e].spec.engine_id for e in decision.expert_ids):
+    for engine_id in dict.fromkeys(service.experts[e].spec.engine_id for e in expert_ids):
         with view.waiting(f"Loading engine {engine_id}"):
             await service.engines[engine_id].load()
 

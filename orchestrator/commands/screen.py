@@ -51,6 +51,8 @@ def show_calls(console: "Console", explanation: Mapping[str, Any]) -> None:
             call["error"] or "ok",
         )
     console.print(table)
+    for missing in explanation.get("unanswered", ()):
+        console.print(f"[dim]without {missing['expert_id']}: {missing['reason']}[/]")
     if explanation["trace"]:
         console.print(f"[dim]{explanation['aggregator']}: {explanation['trace']}[/]")
 

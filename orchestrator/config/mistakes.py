@@ -126,3 +126,5 @@ def _in_policy(name: str, config: Config) -> Iterator[str]:
         yield f"policies.{name}.top_k: {policy.top_k} experts need as many max_calls, not {policy.max_calls or limit}."
     if (policy.quorum is None) != (policy.late_s is None):
         yield f"policies.{name}: quorum and late_s go together: how many answers are enough, and after how long."
+    if policy.quorum is not None and policy.quorum > policy.top_k:
+        yield f"policies.{name}.quorum: {policy.quorum} answers cannot come of {policy.top_k} experts (top_k)."

@@ -133,7 +133,7 @@ async def test_silence_is_bounded_by_first_chunk_s() -> None:
     [
         ({"router": "alwys"}, "policies.default: no router 'alwys'; did you mean 'always'?"),
         ({"aggregator": "frist"}, "policies.default: no aggregator 'frist'; did you mean 'first'?"),
-        ({"aggregator": "zzz"}, "policies.default: no aggregator 'zzz'; known: first, "),
+        ({"aggregator": "zzz"}, "policies.default: no aggregator 'zzz'; known: "),
         (
             {"router": {"name": "random", "options": {"sed": 1}}},
             "policies.default: router 'random': unknown option 'sed'; did you mean 'seed'?",

@@ -33,6 +33,7 @@ EXPLANATION = {
     "aggregator",
     "decision",
     "calls",
+    "unanswered",
     "usage",
     "answer_usage",
     "usd",

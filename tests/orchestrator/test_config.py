@@ -248,7 +248,11 @@ def test_an_empty_config_says_where_to_get_one() -> None:
             "policies.default.top_k: 3 experts need as many max_calls, not 2.",
         ),
         (
-            {"policies": {"default": {"quorum": 2}}},
+            {"policies": {"default": {"quorum": 3, "late_s": 1, "top_k": 2}}},
+            "policies.default.quorum: 3 answers cannot come of 2 experts (top_k).",
+        ),
+        (
+            {"policies": {"default": {"quorum": 1}}},
             "policies.default: quorum and late_s go together: how many answers are enough, and after how long.",
         ),
         (

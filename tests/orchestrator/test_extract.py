@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evals.aggregate.speed import HOSTILE
 from experts.errors import ConfigError
 from experts.types import Message, Request
 from orchestrator.aggregators.extract import (
@@ -168,7 +169,7 @@ def test_separators_zeros_and_exponents_do_not_count(n):
     ("text", "expected"),
     [
         (r"so \boxed{\frac{1}{2}}", "0.5"),
-        (r"\boxed{\dfrac{x+1}{2}}", r"fracx+12"),
+        (r"\boxed{\dfrac{x+1}{2}}", r"(x+1)/2"),
         (r"\boxed{\sqrt{2} + 1}", "sqrt2+1"),
         (r"\boxed{ (1, 2) }", "(1,2)"),
         (r"\boxed{\text{Paris}}", "paris"),
@@ -178,7 +179,7 @@ def test_separators_zeros_and_exponents_do_not_count(n):
         (r"\boxed{1} then \fbox{2}", "2"),
         (r"\boxed{1} then \boxed{2 is cut o", "1"),
         (r"\boxed{\boxed{3}}", "3"),
-        (r"\boxed{\{1, 2\}}", "1,2"),
+        (r"\boxed{\{1, 2\}}", "{1,2}"),
         (r"\boxed{}", None),
         (r"\boxed{1", None),
         ("no box", None),
@@ -395,6 +396,22 @@ def test_a_megabyte_of_anything_is_read_at_once(kind):
             extract(f"The answer is (B).\n{text}", what)
         read_request(Request(prompt=text))
         assert time.process_time() - started < 5, repr(piece)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("text", sorted(HOSTILE))
+def test_four_times_the_text_takes_about_four_times_as_long_at_most(kind, text):
+    """A quadratic expression takes 16 times as long. Measured in the process's own time, the best of three."""
+    extract, sizes = KINDS[kind], (2**18, 2**20)
+    texts = [HOSTILE[text](size) for size in sizes]
+
+    def took(text):
+        started = time.process_time()
+        extract(text, Asked(options=CITIES))
+        return time.process_time() - started
+
+    small, large = (min(took(text) for _ in range(3)) for text in texts)
+    assert large < 8 * small + 0.005
 
 
 @settings(deadline=None)

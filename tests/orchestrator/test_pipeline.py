@@ -308,6 +308,40 @@ async def test_a_budget_bounds_all_calls_together() -> None:
     assert decision.expert_ids == ("a", "b")
 
 
+class Consults(Joined):
+    """Asks the last expert once to combine."""
+
+    def consults(self, expert_ids: Sequence[str]) -> Sequence[str]:
+        return ("c",)
+
+
+@pytest.mark.parametrize(
+    ("budget", "asked"),
+    [
+        ({"max_calls": 8}, "abc"),
+        ({"max_calls": 4}, "abc"),
+        ({"max_calls": 3}, "ab"),
+        ({"max_calls": 2}, "a"),
+        ({"max_usd": 16.0}, "abc"),
+        ({"max_usd": 15.9}, "ab"),
+        ({"max_usd": 11.9}, "a"),
+    ],
+)
+async def test_what_an_aggregator_asks_itself_is_within_the_budgets(budget: dict[str, Any], asked: str) -> None:
+    built = house({}, {}, {}, usd_per_mtok_out=1e6)
+    policy = built.policy(aggregator=Consults(), top_k=3, **budget)
+    run = built.run(policy, params=SamplingParams(max_tokens=4))
+    await stream(built, run)
+    assert "".join(c.expert_id for c in run.calls) == asked
+
+
+async def test_spares_leave_room_for_what_an_aggregator_asks_itself() -> None:
+    built = house({}, {"fail": ["error"]}, {}, {})
+    run = built.run(built.policy(aggregator=Consults(), top_k=2, max_calls=3))
+    assert text(await stream(built, run)) == "a heard: ?"
+    assert len(run.calls) == 2
+
+
 @pytest.mark.parametrize("router", [Ranked("a", "b"), Direct("a")])
 async def test_a_budget_that_buys_no_answer_is_the_requests_fault(router: Any) -> None:
     built = house({}, {}, usd_per_mtok_out=1e6)

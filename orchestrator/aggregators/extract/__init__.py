@@ -49,7 +49,7 @@ KINDS: dict[str, Extract] = {
 def make_extract(kind: str, field: str | None = None) -> Extract:
     """The extraction called ``kind``; ``field`` is the path of a JSON field. Raises ConfigError."""
     if kind not in KINDS:
-        raise ConfigError(f"extract: no kind '{kind}'; known: {', '.join(KINDS)}.")
+        raise ConfigError(f"extract: no kind '{kind}'; known: {', '.join(KINDS)}, and embedding to vote by meaning.")
     if field is None:
         return KINDS[kind]
     if kind != "json":

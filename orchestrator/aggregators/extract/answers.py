@@ -2,12 +2,14 @@
 
 import re
 
+from orchestrator.aggregators.extract.formulas import formula
 from orchestrator.aggregators.extract.latex import box, without_latex
 from orchestrator.aggregators.extract.numbers import first_number, last_number, settle_percents, whole_number
-from orchestrator.aggregators.extract.plain import plain, tail
+from orchestrator.aggregators.extract.plain import backwards, plain, tail
 
 _LETTER = re.compile(r"[(\[*\s]{0,4}([A-Za-z])[)\].:*\s]{0,4}")
 _VARIABLE = re.compile(r"^\s*\$?[A-Za-z]\s?=\s?")
+_NAMES = re.compile(r"\b(?:inf|infinity|sqrt|pi)\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _CUE = re.compile(
     r"\banswer(?: to [^.:\n]{1,60})??(?:\s(?:is|would be|should be)\b|[*_\"]{0,3}\s?[:=])|####", re.IGNORECASE
@@ -28,8 +30,15 @@ def value(text: str) -> str | None:
         return found
     if match := _LETTER.fullmatch(cleaned):
         return match[1].upper()
-    is_formula = "\\" in text.replace("\\text", "") or "^" in text or not _WORD.search(cleaned)
-    return "".join(cleaned.casefold().split()).rstrip(".,;") or None if is_formula else plain(cleaned)
+    is_formula = "\\" in text.replace("\\text", "") or any(c in text for c in "^°∞√π") or not _words(cleaned)
+    if not is_formula:
+        return plain(cleaned)
+    written = formula(text, value) or "".join(cleaned.casefold().split()).rstrip(".,;")
+    return whole_number(written) or written or None
+
+
+def _words(text: str) -> bool:
+    return _WORD.search(_NAMES.sub("", text)) is not None
 
 
 def same(a: str, b: str) -> bool:
@@ -40,12 +49,12 @@ def same(a: str, b: str) -> bool:
 
 def stated(text: str) -> str | None:
     """What follows the last "answer is", "Answer:" or "####", up to the end of its sentence, or None."""
-    text, end = tail(text), None
-    for match in _CUE.finditer(text):
-        end = match.end()
-    if end is None:
+    text = tail(text)
+    cue = next((match for at in backwards(text, ("answer", "####")) if (match := _CUE.match(text, at))), None)
+    if cue is None:
         return None
-    return _SENTENCE_END.split(text[end : end + _SHORT].lstrip(" \t\n*:=_\"'"), 1)[0].strip() or None
+    said = text[cue.end() : cue.end() + _SHORT].lstrip(" \t\n*:=_\"'")
+    return _SENTENCE_END.split(said, 1)[0].strip() or None
 
 
 def number(text: str) -> str | None:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.aggregators.extract.answers import stated
 from orchestrator.aggregators.extract.latex import box
-from orchestrator.aggregators.extract.plain import plain, tail
+from orchestrator.aggregators.extract.plain import backwards, plain, tail
 
 _FILLERS = "is|are|be|would|should|most|likely|option|choice|letter|text|the|correct|boxed"
-_BETWEEN = rf"""(?:[\s:="'“*_$\\{{(\[]|(?:{_FILLERS})\b){{0,24}}"""
+_BETWEEN = rf"""(?:[\s:="'“*_$\\{{(\[]|(?:{_FILLERS})\b){{0,24}}+"""
 _LETTER = r"(?:([A-Z])(?![\w'’])|(?<=\()([a-z])(?=\)))"
-_STATED = re.compile(rf"(?i:\b(?:answer|choice|option|boxed)\b)(?i:{_BETWEEN}){_LETTER}")
+_CUES = ("answer", "choice", "option", "boxed")
+_STATED = re.compile(rf"(?i:\b(?:{'|'.join(_CUES)})\b)(?i:{_BETWEEN}){_LETTER}")
 _PRAISED = re.compile(r"(?<![\w'’])([A-Z])[)\].*]{0,3} (?:is|seems) (?:the )?(?:correct|right|best|answer)")
 _LEADING = re.compile(r"[\s\"'*_#(\[]{0,8}([A-Z])(?:[\"'*_]{0,3}$|[\"'*_]{0,3}[)\].:,\n]|\s-\s)")
 _ALONE = re.compile(r"(?<![\w'’.])([A-Z])(?![\w'’])")
@@ -55,7 +56,9 @@ def _candidates(text: str) -> Iterator[str]:
     """Letters, the surest first."""
     if (inside := box(text)) is not None:
         yield from reversed(_ALONE.findall(inside))
-    yield from reversed([(m[1] or m[2]).upper() for m in _STATED.finditer(text) if not _is_word(m, "I")])
+    for at in backwards(text, _CUES):
+        if (found := _STATED.match(text, at)) and not _is_word(found, "I"):
+            yield (found[1] or found[2]).upper()
     yield from reversed(_PRAISED.findall(text))
     if leading := _LEADING.match(text):
         yield leading[1]

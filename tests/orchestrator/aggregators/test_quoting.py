@@ -1,9 +1,11 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.aggregators.fuse import fusion_prompt
-from orchestrator.aggregators.quoting import clip, quote, unmarked, without_reasoning
+from orchestrator.aggregators.quoting import after_reasoning, clip, quote, unmarked, without_reasoning
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,19 @@ from orchestrator.aggregators.quoting import clip, quote, unmarked, without_reas
 )
 def test_reasoning_is_left_out(text: str, rest: str) -> None:
     assert without_reasoning(text) == rest
+
+
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<", "</", "<think></think>"])
+def test_reasoning_is_cut_in_linear_time(piece: str) -> None:
+    def took(size: int) -> float:
+        text = (piece * size)[:size]
+        started = time.process_time()
+        without_reasoning(text)
+        after_reasoning(text)
+        return time.process_time() - started
+
+    small, large = (min(took(size) for _ in range(3)) for size in (2**18, 2**20))
+    assert large < 8 * small + 0.005
 
 
 def test_a_text_that_is_too_long_loses_its_middle() -> None:
