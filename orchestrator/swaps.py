@@ -23,6 +23,8 @@ State = Literal["absent", "loading", "ready", "draining", "failed"]
 
 BATCH_PATIENCE = 10.0
 """How many times ``max_wait_s`` a batch's request waits before it counts as due."""
+MARGIN = 1.25
+"""Swaps are taken to last so many times as long as the longest of late: a queue may be longer than the last one."""
 ANNOUNCED_S = 30.0
 """What a batch has announced keeps its engine for so long after its last call: the batch may be gone."""
 RATE_S = 60.0
@@ -49,8 +51,8 @@ class EngineView:
     no more with ten thousand calls waiting than with ten.
 
     ``holds`` says that the engine takes room. ``due_s``: when the first of its waiting calls is due. ``load_s``,
-    ``unload_s`` and ``run_s`` (the longest call since the load before the last) are measured, or guessed before. ``rate`` is online arrivals a
-    second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it was loaded.
+    ``unload_s`` and ``run_s`` (the longest call since the load before the last) are measured, or guessed before.
+    ``rate`` is online arrivals a second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it was loaded.
     """
 
     engine_id: str
@@ -139,8 +141,8 @@ class _Line:
     """Who wants to come, and when each has to at the latest.
 
     Places turn over once a swap (the calls of the engine before end, it goes, the next one loads): the i-th to come
-    waits for i // places of them before its own. ``tight``: a swap for anybody else would make one late. ``wake_s``: when
-    the next will have to come, or a little before.
+    waits for i // places of them before its own. ``tight``: a swap for anybody else would make one late. ``wake_s``:
+    when the next will have to come, or a little before.
     """
 
     def __init__(self, now: float, engines: Sequence[EngineView], wanting: Sequence[EngineView], room: "Room") -> None:
@@ -156,8 +158,9 @@ class _Line:
 
     def _look_ahead(self, now: float, engines: Sequence[EngineView], room: "Room") -> None:
         # Also of an engine that is idle: it may be asked at any time.
-        drain_s = min([e.run_s + e.unload_s for e in engines if e.state == "ready"], default=0.0)
+        drain_s = max([e.run_s + e.unload_s for e in engines if e.state == "ready"], default=0.0)
         swap_s = max([e.run_s + e.unload_s for e in engines]) + max([e.load_s for e in self._online])
+        swap_s *= MARGIN
         moving, places = room.moving, room.places
         longest_s = (len(self._online) + moving) // places * swap_s
         for i, engine in enumerate(self._online):
