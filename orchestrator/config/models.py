@@ -180,11 +180,27 @@ class Resilience(Section):
 
 
 class Residency(Section):
-    """Accepted, and not acted on yet: every engine is loaded at the start and stays."""
+    """Fewer engines in memory than in the config. Without slots and memory_gib every engine is loaded at the start and
+    stays. Engines of backend openai, recorded and serve are always there and take no room. See docs/batching.md."""
 
-    slots: PositiveInt | None = None
-    max_wait_s: PositiveFloat = 5
-    min_loaded_s: NonNegativeFloat = 10
+    slots: PositiveInt | None = Field(None, description="Engines loaded at a time.")
+    memory_gib: PositiveFloat | None = Field(
+        None, description="What they may take together: each by its own memory_gib, until a load has been measured."
+    )
+    max_wait_s: PositiveFloat = Field(5, description="After so long a call's engine comes next, whatever runs.")
+    min_loaded_s: NonNegativeFloat = Field(10, description="No engine goes sooner, unless for a call that is due.")
+    load_timeout_s: PositiveFloat = Field(600, description="A load that takes longer has failed.")
+    load_retries: int = Field(1, ge=0, le=10)
+    load_backoff_s: PositiveFloat = Field(1, description="Before the second try; doubles with each.")
+    failed_s: PositiveFloat = Field(60, description="An engine that does not load is left alone for so long.")
+    sleep_level: Literal[1, 2] | None = Field(
+        None, description="vLLM on GPUs: sleep instead of ending. 1 keeps the weights in main memory, 2 drops them."
+    )
+    queue: PositiveInt = Field(10_000, description="Calls that may wait for engines to be loaded.")
+
+    @property
+    def limited(self) -> bool:
+        return self.slots is not None or self.memory_gib is not None
 
 
 class ApiKey(Section):
