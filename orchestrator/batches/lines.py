@@ -18,7 +18,11 @@ from orchestrator.run import Policy
 from orchestrator.security import Tenant
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-URLS = (CHAT, COMPLETIONS, EMBEDDINGS)
+KINDS: Mapping[str, type[ChatBody] | type[CompletionBody] | type[EmbeddingBody]] = {
+    CHAT: ChatBody,
+    COMPLETIONS: CompletionBody,
+    EMBEDDINGS: EmbeddingBody,
+}
 
 
 class BadLine(BadRequest):
@@ -57,7 +61,7 @@ class Reader:
     ) -> None:
         self._service = service
         self._tenant = tenant
-        self._urls = URLS if url is None else (url,)
+        self._urls = tuple(KINDS) if url is None else (url,)
         self._overrides = overrides or Overrides()
 
     def read(self, raw: bytes) -> Asked:
@@ -65,12 +69,11 @@ class Reader:
         line = _envelope(raw)
         if line.url not in self._urls:
             raise BadLine("invalid_url", f"url: '{line.url[:100]}' is not served here; use {', '.join(self._urls)}.")
-        kind = {CHAT: ChatBody, COMPLETIONS: CompletionBody, EMBEDDINGS: EmbeddingBody}[line.url]
+        kind = KINDS[line.url]
         try:
             body = kind.model_validate(line.body)
         except ValidationError as exc:
             raise explain_invalid(exc, kind) from exc
-        assert isinstance(body, ChatBody | CompletionBody | EmbeddingBody)  # noqa: S101  # the table above
         if not isinstance(body, EmbeddingBody) and body.stream:
             raise BadRequest("stream: a batch has nobody to stream to; leave it out.", param="stream")
         return Asked(custom_id=line.custom_id, body=body)
