@@ -1,12 +1,10 @@
-"""From a decision to running experts: a chain of spares for each choice, all at once, within what may be spent."""
+"""From a decision to running experts: a chain of spares for each choice, within what may be spent."""
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
-from experts.base import Expert, collect
-from experts.errors import BadRequest, CollegiumError
-from experts.types import Completion, ExpertSpec, Request
+from experts.base import Expert
+from experts.errors import BadRequest
+from experts.types import ExpertSpec, Request
 from orchestrator.resilience import Fallback, Hedged
 from routers.base import RouteDecision
 
@@ -27,24 +25,6 @@ def chains(
             first = Hedged(first, second, after_s=hedge_after_s)
         rows.append(Fallback(first, spares))
     return rows
-
-
-async def ask_all(experts: Sequence[Expert], request: Request) -> list[Completion]:
-    """Every expert at once; the answers in the experts' order, less those that failed.
-
-    Raises the first expert's failure when all fail. When the caller goes, every expert is stopped.
-    """
-    request = replace(request, stream=False)  # nobody sees an answer before all are there
-    tasks = [asyncio.create_task(collect(expert.generate(request), request)) for expert in experts]
-    # A gather that is cancelled cancels its tasks and waits for their end.
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, CollegiumError):
-            raise result
-    answers = [r for r in results if isinstance(r, Completion)]
-    if not answers:
-        raise next(r for r in results if isinstance(r, CollegiumError))
-    return answers
 
 
 def affordable(pool: Sequence[ExpertSpec], request: Request, max_usd: float | None) -> list[ExpertSpec]:

@@ -1,19 +1,20 @@
-"""Who may use which engine when: leases on engines that come and go."""
+"""Who may use which engine when: leases on engines that come and go (swaps.py has the policy)."""
 
-import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from experts.base import Expert
+from experts.base import Engine, Expert
 from experts.types import ChunkStream, Priority, Request
-from orchestrator.residency import Residency, State
+from orchestrator.residency import Residency
+from orchestrator.swaps import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """One engine at one moment. ``waiting`` and ``running`` are leases; ``announced`` calls are held by batches outside
-    the queue. ``load_s`` is all its loads together."""
+    the queue. ``load_s`` is all its loads together; ``failure`` says why it could not be loaded."""
 
     state: State
     running: int = 0
@@ -25,12 +26,16 @@ class EngineStatus:
 
 
 class Dispatcher:
+    """One service's view of the residency, which may be shared with the services before it."""
+
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
-        self._running = dict.fromkeys(residency.engines, 0)
-        self._announced = dict.fromkeys(residency.engines, 0)
-        self._waiting: dict[str, dict[Priority, int]] = {e: {"online": 0, "batch": 0} for e in residency.engines}
-        self._changed = asyncio.Condition()
+        self._queues = residency.queues
+
+    def join(self, residency: Residency, engines: Mapping[str, Engine]) -> None:
+        """Share ``residency`` with the service before."""
+        self.residency = residency
+        self._queues = residency.add(engines)
 
     @asynccontextmanager
     async def lease(
@@ -40,52 +45,35 @@ class Dispatcher:
 
         Raises Unavailable when the engine cannot be loaded, DeadlineExceeded, QueueFull.
         """
-        self._waiting[engine_id][priority] += 1
-        try:
-            async with self._changed:
-                await self._make_ready(engine_id)
-        finally:
-            self._waiting[engine_id][priority] -= 1
-        self._running[engine_id] += 1
+        queue = self._queues[engine_id]
+        ticket = await self.residency.acquire(queue, priority, math.inf if expires_s is None else expires_s)
         try:
             yield
         finally:
-            self._running[engine_id] -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            self.residency.release(ticket)
 
     def announce(self, engine_id: str, waiting: int) -> None:
         """How many more calls a batch holds for this engine outside the queue; it replaces what was said before."""
-        self._announced[engine_id] = waiting
+        self.residency.announce(self._queues[engine_id], waiting)
 
     def snapshot(self) -> dict[str, EngineStatus]:
         return {
-            e: EngineStatus(
-                state=self.residency.states[e],
-                running=self._running[e],
-                waiting=dict(self._waiting[e]),
-                announced=self._announced[e],
-                loads=self.residency.loads[e],
-                load_s=self.residency.load_s[e],
+            engine_id: EngineStatus(
+                state=queue.view.state,
+                running=queue.view.running_online + queue.view.running_batch,
+                waiting={"online": queue.view.online, "batch": queue.view.batch},
+                announced=queue.view.announced,
+                loads=self.residency.loads[engine_id],
+                load_s=float(self.residency.load_s[engine_id]),
+                failure=queue.failure or None,
             )
-            for e in self.residency.engines
+            for engine_id, queue in self._queues.items()
         }
-
-    async def _make_ready(self, engine_id: str) -> None:
-        while self.residency.states[engine_id] != "ready":
-            there = self.residency.resident()
-            if self.residency.slots is None or len(there) < self.residency.slots:
-                await self.residency.load(engine_id)
-                continue
-            idle = [e for e in there if not self._running[e]]
-            if idle:
-                await self.residency.unload(idle[0])
-            else:
-                await self._changed.wait()
 
 
 class Resident:
-    """An expert whose engine may have to be loaded first."""
+    """An expert whose engine may have to be loaded first. The wait is nobody's failure: it counts neither for the clock
+    around the call, which is inside, nor for the breaker."""
 
     def __init__(self, inner: Expert, dispatcher: Dispatcher) -> None:
         self.spec = inner.spec
@@ -93,11 +81,10 @@ class Resident:
         self._dispatcher = dispatcher
 
     async def generate(self, request: Request) -> ChunkStream:
-        engine_id, expires_s = self.spec.engine_id, request.expires_s
-        async with self._dispatcher.lease(engine_id, priority=request.priority, expires_s=expires_s):
-            async with aclosing(self._inner.generate(request)) as stream:
-                async for chunk in stream:
-                    yield chunk
+        lease = self._dispatcher.lease(self.spec.engine_id, priority=request.priority, expires_s=request.expires_s)
+        async with lease, aclosing(self._inner.generate(request)) as stream:
+            async for chunk in stream:
+                yield chunk
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.base import EngineExpert, Expert, collect
-from experts.errors import BadRequest, ExpertFailed
+from experts.errors import BadRequest
 from experts.fake import FakeEngine
 from experts.types import EngineSpec, ExpertSpec, Message, Request, SamplingParams
-from orchestrator.chains import affordable, ask_all, calls_within, chains, dearest_usd
+from orchestrator.chains import affordable, calls_within, chains, dearest_usd
 from routers.base import RouteDecision, decide
 
 Virtual = Callable[[Callable[[], Any]], Any]
@@ -119,48 +119,6 @@ def test_never_more_than_max_calls_and_nobody_twice(
     # Nobody is given up while a good expert could still have been asked.
     spare_good = [i for i, n in enumerate(calls) if n == 0 and i not in bad]
     assert len(good) == k or not spare_good or sum(calls) == max_calls or hedge
-
-
-# ask_all
-
-
-async def test_answers_come_in_the_experts_order_less_the_failed() -> None:
-    experts = [fake("a", ttft_s=0.01), fake("b", fail=["error"]), fake("c"), fake("d", fail=["cut"])]
-    assert [a.expert_id for a in await ask_all(experts, REQUEST)] == ["a", "c"]
-
-
-async def test_the_first_experts_failure_is_raised_when_all_fail() -> None:
-    with pytest.raises(ExpertFailed, match="'a'"):
-        await ask_all([fake("a", ttft_s=0.01, fail=["error"]), fake("b", fail=["refuse"])], REQUEST)
-
-
-async def test_a_bug_in_one_expert_is_not_hidden_by_the_others_answers() -> None:
-    broken = fake("a", chunks=None)
-    with pytest.raises(TypeError):
-        await ask_all([broken, fake("b")], REQUEST)
-    assert engine(broken).running == 0
-
-
-async def test_answers_that_break_off_are_replaced_because_nobody_has_seen_them() -> None:
-    experts = pool(a={"fail": ["cut"]}, b={"fail": ["cut"]}, c={}, d={})
-    rows = chains(decision(*"abcd", k=1), experts, max_calls=8, hedge_after_s=None)
-    assert [a.expert_id for a in await ask_all(rows, REQUEST)] == ["c"]
-
-
-def test_a_caller_who_goes_stops_every_expert(virtual: Virtual) -> None:
-    experts = [fake("a", fail=["hang"]), fake("b", chunk_s=60.0, chunks=9), fake("c")]
-
-    async def leave() -> None:
-        task = asyncio.create_task(ask_all(experts, REQUEST))
-        await asyncio.sleep(1)
-        assert [engine(e).running for e in experts] == [1, 1, 0]
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert [engine(e).running for e in experts] == [0, 0, 0]
-        assert [engine(e).cancelled for e in experts] == [1, 1, 0]
-
-    virtual(leave)
 
 
 # Budgets
