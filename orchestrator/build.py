@@ -15,13 +15,15 @@ from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
 from orchestrator.aggregators.base import Aggregator, AggregatorParts
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
-from orchestrator.dispatch import Dispatcher
+from orchestrator.dispatch import Dispatcher, Resident
+from orchestrator.loading import Loading
 from orchestrator.pipeline import Orchestrator
 from orchestrator.policies import PolicyBook
 from orchestrator.residency import Residency
 from orchestrator.resilience import Breaker, BreakerState, Retrying, Timed
 from orchestrator.run import Ledger, Observer, Policy
 from orchestrator.security import KeyRing
+from orchestrator.swaps import Rules
 from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder, MiniLM
@@ -68,8 +70,10 @@ def build_service(
     ledger, admission, given = Ledger(observers), _admission(config), engines or {}
     engines = {e: given[e] if e in given else make(c.spec(e)) for e, c in config.engines.items()}
     breakers = {e: _breaker(config) for e in engines}
+    dispatcher = Dispatcher(_residency(config, engines))
     specs = [c.spec(e) for e, c in config.experts.items()]
-    experts = {s.expert_id: _wrap(s, engines[s.engine_id], breakers[s.engine_id], ledger, config) for s in specs}
+    wrap = partial(_wrap, ledger=ledger, dispatcher=dispatcher, config=config)
+    experts = {s.expert_id: wrap(s, engines[s.engine_id], breakers[s.engine_id]) for s in specs}
     encoder = cache(partial(make_encoder, config.encoder.model, config.encoder.cache))
     return Service(
         config=config,
@@ -81,7 +85,7 @@ def build_service(
         keys=KeyRing(config.security),
         admission=admission,
         ledger=ledger,
-        dispatcher=Dispatcher(Residency(engines)),
+        dispatcher=dispatcher,
         orchestrator=Orchestrator(
             experts=experts,
             admission=admission,
@@ -142,17 +146,36 @@ def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: C
         top_k=wanted.top_k,
         max_calls=wanted.max_calls or config.limits.max_calls,
         max_usd=wanted.max_usd,
-        one_by_one=wanted.one_by_one,
-        quorum=wanted.quorum,
-        late_s=wanted.late_s,
     )
 
 
-def _wrap(spec: ExpertSpec, engine: Engine, breaker: BreakerState, ledger: Ledger, config: Config) -> Expert:
-    """From the inside: the prompt, the clock, the breaker, the retries."""
+def _wrap(
+    spec: ExpertSpec, engine: Engine, breaker: BreakerState, *, ledger: Ledger, dispatcher: Dispatcher, config: Config
+) -> Expert:
+    """From the inside: the prompt, the clock, the lease (where engines come and go), the breaker, the retries."""
     limits = config.resilience
-    timed = Timed(EngineExpert(spec, engine), on_call=ledger.note_call, first_chunk_s=limits.first_chunk_s)
-    return Retrying(Breaker(timed, breaker), retries=limits.retries, backoff_s=limits.backoff_s)
+    expert: Expert = Timed(EngineExpert(spec, engine), on_call=ledger.note_call, first_chunk_s=limits.first_chunk_s)
+    if dispatcher.residency.manages(engine):
+        expert = Resident(expert, dispatcher)
+    return Retrying(Breaker(expert, breaker), retries=limits.retries, backoff_s=limits.backoff_s)
+
+
+def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
+    wanted = config.residency
+    rules = Rules(
+        slots=wanted.slots,
+        memory_gib=wanted.memory_gib,
+        max_wait_s=wanted.max_wait_s,
+        min_loaded_s=wanted.min_loaded_s,
+    )
+    loading = Loading(
+        timeout_s=wanted.load_timeout_s,
+        retries=wanted.load_retries,
+        backoff_s=wanted.load_backoff_s,
+        failed_s=wanted.failed_s,
+        sleep_level=wanted.sleep_level,
+    )
+    return Residency(engines, rules=rules, loading=loading, queue=wanted.queue)
 
 
 def _breaker(config: Config) -> BreakerState:

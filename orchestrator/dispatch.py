@@ -33,7 +33,8 @@ class Dispatcher:
         self._queues = residency.queues
 
     def join(self, residency: Residency, engines: Mapping[str, Engine]) -> None:
-        """Share ``residency`` with the service before."""
+        """Share ``residency`` with the service before this one, by this one's rules."""
+        residency.follow(self.residency)
         self.residency = residency
         self._queues = residency.add(engines)
 
@@ -64,7 +65,7 @@ class Dispatcher:
                 waiting={"online": queue.view.online, "batch": queue.view.batch},
                 announced=queue.view.announced,
                 loads=self.residency.loads[engine_id],
-                load_s=float(self.residency.load_s[engine_id]),
+                load_s=self.residency.load_s[engine_id],
                 failure=queue.failure or None,
             )
             for engine_id, queue in self._queues.items()

@@ -91,9 +91,12 @@ class Endpoints:
         return JSONReply({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """503 until the engines have loaded, and when none could be."""
-        service, failed = self._host.service, self._host.failed
-        state = {e: f"failed: {failed[e]}" if e in failed else "ready" for e in service.engines}
+        """503 until the engines have loaded, and when none could be. Where engines come and go, one that is absent is
+        as good as ready: it comes when it is asked for."""
+        service, failed = self._host.service, dict(self._host.failed)
+        engines = service.dispatcher.snapshot()
+        failed |= {e: status.failure or "" for e, status in engines.items() if status.state == "failed"}
+        state = {e: f"failed: {failed[e]}" if e in failed else engines[e].state for e in service.engines}
         ready = self._host.ready and len(failed) < len(state)
         body = {"ready": ready, "engines": state if self._host.ready else dict.fromkeys(state, "loading")}
         return JSONReply(body, status_code=200 if ready else 503, headers={} if ready else {"retry-after": "5"})

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from experts.base import Engine, Expert
 from experts.errors import CollegiumError, ConfigError, Unavailable
 from orchestrator.build import Service
 from orchestrator.config import Config
+from orchestrator.residency import Residency
 from orchestrator.resilience import is_cancelled
 
 log = logging.getLogger(__name__)
@@ -30,14 +32,17 @@ class Host:
         self._retiring: dict[asyncio.Task[None], list[Engine]] = {}
 
     async def start(self) -> None:
-        """Load every engine, one after the other: they compete for the same memory and cores.
+        """Load every engine there is room for, one after the other: they compete for the same memory and cores.
 
         An engine that does not load keeps none of the others from answering. Raises Unavailable when close() comes
         first.
         """
         async with self._turn:
             self._check_open()
-            self.failed = await self._load(self.service.engines)
+            self.failed = await self._load(_stay(self.service))
+            for engine_id in self.service.engines:
+                await self.service.dispatcher.residency.preload(engine_id)
+                self._check_open()
             self.ready = True
 
     async def reload(self, config: Config) -> None:
@@ -52,7 +57,10 @@ class Host:
             old = self.service
             kept = {e: x for e, x in old.engines.items() if config.engines.get(e) == old.config.engines[e]}
             new = self._build(config, kept)
-            await self._add({e: x for e, x in new.engines.items() if e not in kept})
+            if old.config.residency.limited != config.residency.limited:
+                raise ConfigError("The old config stays: residency is switched on and off by a restart only.")
+            await self._add({e: x for e, x in _stay(new).items() if e not in kept})
+            new.dispatcher.join(old.dispatcher.residency, new.engines)
             self.service = new
             self._retire(old, [x for e, x in old.engines.items() if e not in kept])
             self.failed = {e: reason for e, reason in self.failed.items() if e in kept}
@@ -63,13 +71,15 @@ class Host:
         self.ready, self._closed = False, True
         if self._loading is not None:
             self._loading.cancel()
+        residency = self.service.dispatcher.residency
+        await residency.close()
         async with self._turn:
             retiring, self._retiring = self._retiring, {}
             for task in retiring:
                 task.cancel()
             await asyncio.gather(*retiring, return_exceptions=True)
             left = [engine for engines in retiring.values() for engine in engines]
-            await _give_back(self.service.experts.values(), [*left, *self.service.engines.values()])
+            await _give_back(self.service.experts.values(), [*left, *self.service.engines.values()], residency)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -80,10 +90,10 @@ class Host:
         try:
             failed = await self._load(engines)
         except BaseException:
-            await _give_back([], engines.values())
+            await _give_back([], engines.values(), self.service.dispatcher.residency)
             raise
         if failed:
-            await _give_back([], engines.values())
+            await _give_back([], engines.values(), self.service.dispatcher.residency)
             reasons = "; ".join(f"engine '{e}' did not load: {reason}" for e, reason in failed.items())
             raise ConfigError(f"The old config stays: {reasons}")
 
@@ -126,11 +136,20 @@ async def _end(service: Service, engines: Sequence[Engine], *, after: Sequence[a
     if after:
         await asyncio.wait(after)
     await service.ledger.drained()
-    await _give_back(service.experts.values(), engines)
+    await _give_back(service.experts.values(), engines, service.dispatcher.residency)
 
 
-async def _give_back(experts: Iterable[Expert], engines: Iterable[Engine]) -> None:
-    closers = [*((x.spec.expert_id, x.aclose) for x in experts), *((x.spec.engine_id, x.unload) for x in engines)]
+def _stay(service: Service) -> dict[str, Engine]:
+    """The engines that are loaded at the start and stay; the others come when they are needed."""
+    residency = service.dispatcher.residency
+    return {e: x for e, x in service.engines.items() if not residency.manages(x)}
+
+
+async def _give_back(experts: Iterable[Expert], engines: Iterable[Engine], residency: Residency) -> None:
+    closers: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+        *((x.spec.expert_id, x.aclose) for x in experts),
+        *((x.spec.engine_id, partial(residency.drop, x)) for x in engines),
+    ]
     for name, close in closers:
         try:
             await close()

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from orchestrator.build import Service
+from orchestrator.dispatch import Dispatcher
 from orchestrator.resilience import CallRecord
 from orchestrator.run import Run
 
@@ -108,3 +109,24 @@ class Gauges(Collector):
         for engine_id, breaker in service.breakers.items():
             breakers.add_metric([engine_id], BREAKER[breaker.state])
         yield breakers
+        yield from _residency(service.dispatcher)
+
+
+def _residency(dispatcher: Dispatcher) -> Iterator[Metric]:
+    engines = dispatcher.snapshot()
+    resident = GaugeMetricFamily("collegium_engine_ready", "1 where the engine is ready", labels=["engine"])
+    running = GaugeMetricFamily("collegium_engine_running", "Calls that hold the engine", labels=["engine"])
+    queue = GaugeMetricFamily("collegium_engine_queue", "Calls that wait for the engine", labels=["engine", "priority"])
+    announced = GaugeMetricFamily("collegium_engine_announced", "Calls that batches hold back", labels=["engine"])
+    loads = CounterMetricFamily("collegium_engine_loads", "Loads of the engine", labels=["engine"])
+    load_s = CounterMetricFamily("collegium_engine_load_seconds", "Seconds spent loading", labels=["engine"])
+    for engine_id, engine in engines.items():
+        resident.add_metric([engine_id], engine.state == "ready")
+        running.add_metric([engine_id], engine.running)
+        announced.add_metric([engine_id], engine.announced)
+        for priority, waiting in engine.waiting.items():
+            queue.add_metric([engine_id, priority], waiting)
+        loads.add_metric([engine_id], engine.loads)
+        load_s.add_metric([engine_id], engine.load_s)
+    if dispatcher.residency.rules.limited:
+        yield from (resident, running, queue, announced, loads, load_s)

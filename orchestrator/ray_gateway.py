@@ -19,7 +19,7 @@ from experts.serve_handle import ServeEngine
 from experts.types import EngineSpec
 from orchestrator import log as logs
 from orchestrator.build import build_service, make_engine
-from orchestrator.config import Config, parse_config
+from orchestrator.config import Config, Residency, parse_config
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,7 +39,7 @@ class Gateway:
         # Relative paths in the config are meant from there, not from where Ray starts its processes.
         if Path(folder).is_dir():
             os.chdir(folder)
-        self._config = parse_config(config)
+        self._config = _without_residency(parse_config(config))
         self._engines = engines
         self._app: FastAPI | None = None
         _configure_log(self._config.telemetry.log_level)
@@ -53,7 +53,7 @@ class Gateway:
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve's hook: called on every replica when it starts, and when the application is deployed again."""
-        changed = parse_config(config)
+        changed = _without_residency(parse_config(config))
         if changed != self._config and await self._took_over(changed):
             self._config = changed
 
@@ -71,6 +71,11 @@ class Gateway:
 
     def _make(self, spec: EngineSpec) -> Engine:
         return _make(spec, self._engines.get(spec.engine_id))
+
+
+def _without_residency(config: Config) -> Config:
+    """Each engine has replicas of its own, and Ray decides how many."""
+    return config.model_copy(update={"residency": Residency()})
 
 
 def _configure_log(level: str) -> None:

@@ -34,10 +34,10 @@ class Residency:
         loading: Loading | None = None,
         queue: int | None = None,
     ) -> None:
-        self.rules = rules or Rules(slots=slots)
-        self.loads: Counter[str] = Counter()
+        rules = rules or Rules(slots=slots)
+        self.loads = Counter[str]()
         self.load_s: defaultdict[str, float] = defaultdict(float)
-        self._scheduler = Scheduler(self.rules, queue_limit=math.inf if queue is None else queue)
+        self._scheduler = Scheduler(rules, queue_limit=math.inf if queue is None else queue)
         self._loader = Loader(loading or Loading(), used_bytes)
         self._engines: dict[EngineQueue, Engine] = {}
         self._tasks: dict[asyncio.Task[None], EngineQueue] = {}
@@ -51,8 +51,26 @@ class Residency:
         self.queues = {e: known.get(engine) or self._add(engine) for e, engine in engines.items()}
         return self.queues
 
+    @property
+    def rules(self) -> Rules:
+        return self._scheduler.rules
+
+    @property
+    def slots(self) -> int | None:
+        return self.rules.slots
+
     def manages(self, engine: Engine) -> bool:
+        """Whether the engine comes and goes."""
         return self.rules.limited and engine.spec.backend not in ALWAYS
+
+    def always(self, engine_id: str) -> bool:
+        return not self.manages(self._engines[self.queues[engine_id]])
+
+    def follow(self, other: "Residency") -> None:
+        """Take over the settings of the residency that a new config has made."""
+        self._scheduler.rules, self._scheduler.queue_limit = other.rules, other._scheduler.queue_limit
+        self._loader.loading = other._loader.loading
+        self._step()
 
     async def acquire(self, queue: EngineQueue, priority: Priority, expires_s: float) -> Ticket:
         """Waits until the engine is ready. Raises Unavailable, DeadlineExceeded, QueueFull."""
@@ -74,6 +92,8 @@ class Residency:
 
     async def preload(self, engine_id: str) -> None:
         """Load the engine before anybody asks for it, if there is room; what fails is told by its state."""
+        if self._closed:
+            raise Unavailable("The service is shutting down.")
         queue = self.queues[engine_id]
         if queue.view.state == "absent" and self._scheduler.has_room(queue):
             self._scheduler.take_up(queue)

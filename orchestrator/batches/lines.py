@@ -81,8 +81,10 @@ class Reader:
     def request(self, asked: Asked, request_id: str) -> Request:
         """What the experts are asked. Its deadline counts from the moment that it is made."""
         assert not isinstance(asked.body, EmbeddingBody)  # noqa: S101  # these are answered without an expert
-        request = asked.body.request(self._service.config.limits, self._tenant.name)
-        return replace(request, request_id=request_id, stream=False, priority="batch")
+        config = self._service.config
+        request = asked.body.request(config.limits, self._tenant.name)
+        deadline_s = config.batches.deadline_s
+        return replace(request, request_id=request_id, stream=False, priority="batch", deadline_s=deadline_s)
 
     def policy(self, asked: Asked) -> Policy:
         """Raises NotFound, BadRequest, or Forbidden where the tenant may not ask for this model."""

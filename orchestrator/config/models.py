@@ -180,11 +180,27 @@ class Resilience(Section):
 
 
 class Residency(Section):
-    """Accepted, and not acted on yet: every engine is loaded at the start and stays."""
+    """Fewer engines in memory than in the config. Without slots and memory_gib every engine is loaded at the start and
+    stays. Engines of backend openai, recorded and serve are always there and take no room. See docs/batching.md."""
 
-    slots: PositiveInt | None = None
-    max_wait_s: PositiveFloat = 5
-    min_loaded_s: NonNegativeFloat = 10
+    slots: PositiveInt | None = Field(None, description="Engines loaded at a time.")
+    memory_gib: PositiveFloat | None = Field(
+        None, description="What they may take together: each by its own memory_gib, until a load has been measured."
+    )
+    max_wait_s: PositiveFloat = Field(5, description="After so long a call's engine comes next, whatever runs.")
+    min_loaded_s: NonNegativeFloat = Field(10, description="No engine goes sooner, unless for a call that is due.")
+    load_timeout_s: PositiveFloat = Field(600, description="A load that takes longer has failed.")
+    load_retries: int = Field(1, ge=0, le=10)
+    load_backoff_s: PositiveFloat = Field(1, description="Before the second try; doubles with each.")
+    failed_s: PositiveFloat = Field(60, description="An engine that does not load is left alone for so long.")
+    sleep_level: Literal[1, 2] | None = Field(
+        None, description="vLLM on GPUs: sleep instead of ending. 1 keeps the weights in main memory, 2 drops them."
+    )
+    queue: PositiveInt = Field(10_000, description="Calls that may wait for engines to be loaded.")
+
+    @property
+    def limited(self) -> bool:
+        return self.slots is not None or self.memory_gib is not None
 
 
 class ApiKey(Section):
@@ -206,7 +222,7 @@ class Decisions(Section):
 
 
 class Batches(Section):
-    """Files and batches over HTTP. Closed as long as there is no path; not under the Ray runtime."""
+    """Files of requests. Over HTTP they are closed as long as there is no path; see docs/batching.md."""
 
     path: Path | None = Field(None, description="Folder for files, batches and their state.")
     max_file_bytes: PositiveInt = 200 * 2**20
@@ -214,6 +230,9 @@ class Batches(Section):
     max_files: PositiveInt = Field(1000, description="Files a tenant may keep; what batches wrote is not counted.")
     max_unfinished: PositiveInt = Field(100, description="Batches of a tenant that wait or run.")
     at_a_time: PositiveInt = Field(1, description="Batches that run; the others wait for their turn.")
+    deadline_s: PositiveFloat = Field(
+        3600, description="A call that takes longer has failed: an engine that hangs must not hold a batch forever."
+    )
     window: int = Field(64, ge=1, le=4096, description="Calls of one engine that a batch has under way at a time.")
 
 

@@ -79,6 +79,8 @@ def memory(case: Case) -> Iterator[Finding]:
     needs_gib = {name: _need_gib(e.spec(name)) for name, e in case.config.engines.items()}
     slots = case.config.residency.slots or len(needs_gib)
     need_gib = sum(sorted(needs_gib.values(), reverse=True)[:slots])
+    if (budget_gib := case.config.residency.memory_gib) is not None:
+        need_gib = min(need_gib, max(budget_gib, *needs_gib.values()))
     free_gib = available_gib()
     if free_gib is None:
         yield Finding(
