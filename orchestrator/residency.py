@@ -70,6 +70,7 @@ class Residency:
         """Take over the settings of the residency that a new config has made."""
         self._scheduler.rules, self._scheduler.queue_limit = other.rules, other._scheduler.queue_limit
         self._loader.loading = other._loader.loading
+        self._scheduler.stir()
         self._step()
 
     async def acquire(self, queue: EngineQueue, priority: Priority, expires_s: float) -> Ticket:
@@ -134,6 +135,7 @@ class Residency:
     def _forget(self, queue: EngineQueue) -> None:
         self._engines.pop(queue, None)
         self._scheduler.queues.pop(queue.view.engine_id, None)
+        self._scheduler.stir()
         self._step()
 
     async def _wait(self, ticket: Ticket, expires_s: float) -> None:

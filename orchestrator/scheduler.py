@@ -81,9 +81,12 @@ class EngineQueue:
 
 @dataclass(slots=True)
 class Step:
-    """What is to be done now; ``wake_s``: when to ask again, if nothing happens before."""
+    """What is to be done now, and what has been decided: who drains, whose calls may begin. ``wake_s``: when to ask
+    again, if nothing happens before."""
 
     load: list[EngineQueue] = field(default_factory=list)
+    drain: list[EngineQueue] = field(default_factory=list)
+    grant: list[Ticket] = field(default_factory=list)
     unload: list[EngineQueue] = field(default_factory=list)
     wake_s: float = math.inf
 
@@ -97,6 +100,8 @@ class Scheduler:
         self.queues: dict[str, EngineQueue] = {}
         self.waiting = 0
         self._leaving: list[EngineQueue] = []
+        self._stirred = False
+        self._wake_s = math.inf
 
     def claim(
         self, queue: EngineQueue, priority: Priority, now: float, *, expires_s: float = math.inf, waiter: Any = None
@@ -113,14 +118,17 @@ class Scheduler:
         elif self.waiting >= self.queue_limit:
             raise QueueFull(f"{self.waiting} calls wait for engines to be loaded; try again in a moment.")
         else:
+            self._stirred |= ticket.due_s < (view.due_s if priority == "online" else view.batch_due_s)
             queue.push(ticket)
             self.waiting += 1
+            self._stirred |= _is_step(view.online + view.batch)
         return ticket
 
     def withdraw(self, ticket: Ticket) -> None:
         """A call that waits no more."""
         if ticket.queue.remove(ticket):
             self.waiting -= 1
+            self._stirred = True
 
     def abandon(self, queue: EngineQueue) -> list[Ticket]:
         """Those who wait for an engine that will not come."""
@@ -137,8 +145,10 @@ class Scheduler:
         else:
             view.running_batch -= 1
             view.batch_s = now
+        self._stirred |= _is_step(view.running_online + view.running_batch)
 
     def announce(self, queue: EngineQueue, waiting: int, now: float) -> None:
+        self._stirred |= waiting == 0
         queue.view.announced, queue.view.batch_s = waiting, now
 
     def loaded(self, queue: EngineQueue, now: float, *, load_s: float, memory_gib: float | None = None) -> list[Ticket]:
@@ -149,6 +159,7 @@ class Scheduler:
         view.memory_gib = memory_gib or view.memory_gib
         view.quota = view.batch + view.announced
         queue.failure = ""
+        self._stirred = True
         return [self._grant(ticket, now) for ticket in self._take(queue)]
 
     def load_failed(self, queue: EngineQueue, *, failure: str, retry_s: float) -> list[Ticket]:
@@ -156,11 +167,13 @@ class Scheduler:
         unloaded() says otherwise."""
         queue.view.state = "failed"
         queue.failure, queue.retry_s = failure, retry_s
+        self._stirred = True
         return self._take(queue)
 
     def unloaded(self, queue: EngineQueue, *, unload_s: float = 0.0) -> None:
         view = queue.view
         view.holds = False
+        self._stirred = True
         if view.state != "failed":
             view.state, view.unload_s = "absent", unload_s
 
@@ -168,13 +181,21 @@ class Scheduler:
         """The engine is being loaded: by step(), or because somebody wants it there from the start."""
         queue.view.state, queue.view.holds = "loading", True
 
+    def stir(self) -> None:
+        """Something has changed that only the driver knows of: the rules, the engines."""
+        self._stirred = True
+
     def has_room(self, queue: EngineQueue) -> bool:
         return Room([q.view for q in self.queues.values()], self.rules).has(queue.view)
 
     def step(self, now: float) -> Step:
+        """Decides anew where something has changed that may matter: the first to wait for an engine or to leave it,
+        the second, the fourth, and so on; so a thousand calls for one engine cost ten decisions."""
         step = Step()
-        if self.waiting or self.rules.limited:
+        if self._stirred or now >= self._wake_s:
             self._decide(now, step)
+            self._stirred, self._wake_s = False, step.wake_s
+        step.wake_s = self._wake_s
         for queue in [q for q in self._leaving if not (q.view.running_online or q.view.running_batch)]:
             self._leaving.remove(queue)
             step.unload.append(queue)
@@ -190,6 +211,7 @@ class Scheduler:
             for engine_id in decision.evict:
                 self.queues[engine_id].view.state = "draining"
                 self._leaving.append(self.queues[engine_id])
+                step.drain.append(self.queues[engine_id])
             if decision.engine_id is not None:
                 self.take_up(self.queues[decision.engine_id])
                 step.load.append(self.queues[decision.engine_id])
@@ -222,3 +244,8 @@ class Scheduler:
             log.info("swap: %s goes %s", ", ".join(decision.evict), decision.reason)
         else:
             log.info("swap: %s is loaded: %s", decision.engine_id, decision.reason)
+
+
+def _is_step(count: int) -> bool:
+    """0, 1 and every power of two."""
+    return count & (count - 1) == 0

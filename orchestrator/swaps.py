@@ -5,9 +5,9 @@ In this order:
    if its deadline is nearer. Who is due first goes first, and starts early enough that those due after it, who need the
    same slots, are not late either. Anybody's engine may have to go for it.
 2. What is free: the engine with the most work waiting for each second of loading takes a free slot at once.
-3. What is idle: an engine nobody uses goes, if it was there ``min_loaded_s`` and more wait for the other than are
-   expected to come for it while both are loaded (its arrivals a second, times both loads). An engine that only batches
-   have used is not expected to be needed again: it goes as soon as its work is done.
+3. What is needed least: an engine goes, if it was there ``min_loaded_s`` and more wait for the other than run here and
+   are expected to come while both are loaded (its arrivals a second, times the way there and back). An engine that only
+   batches have used is not expected to be needed again: it goes as soon as its work is done.
 
 A batch's work keeps its engine until it is done, against other batches; against others it counts for nothing.
 """
@@ -110,14 +110,17 @@ def choose(now: float, engines: Sequence[EngineView], rules: Rules) -> Decision:
     wanting = [e for e in engines if e.state == "absent" and (e.online or e.batch)]
     if not wanting:
         return Decision()
-    call, wake_s = _calls(now, wanting, ready, room)
-    wanting.sort(key=lambda e: _rank(e, call))
+    call, full_s, wake_s = _calls(now, engines, wanting, room)
+    tight = now >= full_s
+    wanting.sort(key=lambda e: _rank(e, call, tight=tight))
     for engine in wanting:
         urgency = call.get(engine.engine_id, Urgency.NONE)
         if room.has(engine):
             return Decision(engine_id=engine.engine_id, reason=f"{urgency}, and there is room")
         if room.will_have(engine):
             continue
+        if urgency is Urgency.NONE and tight:
+            break
         allowed = [e for e in ready if _may_go(now, e, engine, urgency, rules)]
         if victims := _victims(now, allowed, room, engine):
             return Decision(evict=victims, reason=f"for {engine.engine_id}: {urgency}")
@@ -134,18 +137,23 @@ class Urgency(StrEnum):
 
 
 def _calls(
-    now: float, wanting: Sequence[EngineView], ready: Sequence[EngineView], room: "Room"
-) -> tuple[dict[str, Urgency], float]:
-    """Which engines have to come now; and when the next one will have to.
+    now: float, engines: Sequence[EngineView], wanting: Sequence[EngineView], room: "Room"
+) -> tuple[dict[str, Urgency], float, float]:
+    """Which engines have to come now; from when on a swap for any other would make one late; and when the next one will
+    have to come.
 
-    Slots turn over once a swap: the i-th to come waits for i // slots swaps before its own.
+    Places turn over once a swap (the calls of the engine before end, it goes, the next one loads): the i-th to come
+    waits for i // places of them before its own.
     """
     line = sorted((e for e in wanting if e.online), key=_due_s)
-    drain_s = min((e.drain_s for e in ready), default=0.0)
-    swap_s = drain_s + max((e.load_s for e in line), default=0.0)
-    late, wake_s = 0, math.inf
+    # Also of one that is idle: it may be asked at any time.
+    drain_s = min((e.run_s + e.unload_s for e in engines if e.state == "ready"), default=0.0)
+    swap_s = max(e.run_s + e.unload_s for e in engines) + max((e.load_s for e in line), default=0.0)
+    late, full_s, wake_s = 0, math.inf, math.inf
     for i, engine in enumerate(line):
-        start_s = engine.due_s - drain_s - (i + room.moving) // room.places * swap_s
+        latest_s = engine.due_s - drain_s
+        full_s = min(full_s, latest_s - (i + room.moving + 1) // room.places * swap_s)
+        start_s = latest_s - (i + room.moving) // room.places * swap_s
         if start_s <= now:
             late = i + 1
         else:
@@ -156,21 +164,24 @@ def _calls(
             call.setdefault(engine.engine_id, Urgency.AGED)
         else:
             wake_s = min(wake_s, engine.batch_due_s)
-    return call, wake_s
+    return call, full_s, wake_s
 
 
 def _due_s(engine: EngineView) -> float:
     return engine.due_s
 
 
-def _rank(engine: EngineView, call: Mapping[str, Urgency]) -> tuple[float, ...]:
-    """Least first: the due by when, the aged by when, the others by work a second of loading, batches last."""
+def _rank(engine: EngineView, call: Mapping[str, Urgency], *, tight: bool) -> tuple[float, ...]:
+    """Least first: the due by when, the aged by when, the others by work a second of loading, batches last. Where time
+    is ``tight``, the others by when they will be due: room for one of them is room taken from those who are next."""
     urgency = call.get(engine.engine_id)
     if urgency is Urgency.DUE:
         return (0, engine.due_s)
     if urgency is Urgency.AGED:
         return (1, engine.batch_due_s)
-    return (2 if engine.online else 3, -(engine.online or engine.batch + engine.announced) / engine.load_s)
+    if tight and engine.online:
+        return (2, engine.due_s)
+    return (3 if engine.online else 4, -(engine.online or engine.batch + engine.announced) / engine.load_s)
 
 
 def _may_go(now: float, engine: EngineView, candidate: EngineView, urgency: Urgency, rules: Rules) -> bool:
@@ -181,10 +192,10 @@ def _may_go(now: float, engine: EngineView, candidate: EngineView, urgency: Urge
         return False
     if urgency is Urgency.AGED:
         return engine.quota <= 0 or not engine.batch_left(now)
-    if engine.running_online or (not candidate.online and engine.batch_left(now)):
+    if not candidate.online and (engine.running_online or engine.batch_left(now)):
         return False
     waiting = candidate.online or candidate.batch + candidate.announced
-    return waiting > engine.expected(now, candidate.load_s + engine.load_s)
+    return waiting > engine.running_online + engine.expected(now, candidate.load_s + engine.load_s + engine.drain_s)
 
 
 def _victims(now: float, allowed: Sequence[EngineView], room: "Room", candidate: EngineView | None) -> tuple[str, ...]:
