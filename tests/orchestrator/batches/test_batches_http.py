@@ -88,6 +88,13 @@ def test_a_batch_from_upload_to_answers(client):
     assert client.files.retrieve(done.output_file_id).purpose == "batch_output"
 
 
+def test_a_batchs_calls_are_counted_and_its_lines_are_no_requests(served, client):
+    ended(client, begin(client))
+    page = served.http.get("/metrics").text
+    assert 'collegium_calls_total{expert="one",outcome="ok"} 5' in page
+    assert "collegium_requests_total{" not in page
+
+
 def test_bad_lines_go_to_the_error_file(client):
     content = lines(2) + b"nonsense\n" + json.dumps(line("w", model="nobody")).encode() + b"\n"
     other = {**line("c"), "url": "/v1/completions"}

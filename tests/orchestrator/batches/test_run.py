@@ -239,6 +239,19 @@ async def test_a_bug_in_an_engine_is_a_line_in_the_error_file(batch):
     assert batch.errors[0]["error"]["code"] == "internal_error"
 
 
+async def test_an_aggregator_that_asks_experts_waits_for_all_calls(tmp_path):
+    """Its engine comes back once, not for each line."""
+    settings = config()
+    fuse = {"name": "fuse", "options": {"expert": "one"}}
+    settings["policies"]["default"] = {"router": "always", "top_k": 3, "aggregator": fuse}
+    batch = Batch(tmp_path, settings)
+    batch.write([line(f"q{i}", collegium={"explain": True}) for i in range(10)])
+    report = await batch.run()
+    assert (report["expert_calls"], report["errors"], report["lost"]) == (40, 0, 0)
+    assert report["loads"] <= 4
+    assert len(batch.rows()[0]["response"]["body"]["collegium"]["calls"]) == 4
+
+
 async def test_a_long_file_is_read_in_pages(batch, monkeypatch):
     monkeypatch.setattr(session, "PAGE", 5)
     monkeypatch.setattr("orchestrator.batches.plan.STRETCH_LINES", 7)
