@@ -35,6 +35,7 @@ class EngineQueue:
 
     def __init__(self, view: EngineView) -> None:
         self.view = view
+        self.longest_s = 0.0  # of the calls since the last load
         self.failure = ""
         self.retry_s = -math.inf
         self._waiting: dict[Priority, dict[Ticket, None]] = {"online": {}, "batch": {}}
@@ -102,6 +103,7 @@ class Scheduler:
         self._leaving: list[EngineQueue] = []
         self._stirred = False
         self._wake_s = math.inf
+        self._quiet = Step()
 
     def claim(
         self, queue: EngineQueue, priority: Priority, now: float, *, expires_s: float = math.inf, waiter: Any = None
@@ -138,8 +140,9 @@ class Scheduler:
         """A call that has ended."""
         view = ticket.queue.view
         assert ticket.granted_s is not None  # noqa: S101
-        # The longest of late: it falls by a hundredth with every call that is shorter.
-        view.run_s = max(now - ticket.granted_s, 0.99 * view.run_s)
+        run_s = now - ticket.granted_s
+        ticket.queue.longest_s = max(ticket.queue.longest_s, run_s)
+        view.run_s = max(run_s, view.run_s)
         if ticket.priority == "online":
             view.running_online -= 1
         else:
@@ -157,6 +160,7 @@ class Scheduler:
         view.state, view.ready_s = "ready", now
         view.load_s = max(1e-3, load_s)
         view.memory_gib = memory_gib or view.memory_gib
+        view.run_s, queue.longest_s = queue.longest_s or view.run_s, 0.0
         view.quota = view.batch + view.announced
         queue.failure = ""
         self._stirred = True
@@ -191,6 +195,9 @@ class Scheduler:
     def step(self, now: float) -> Step:
         """Decides anew where something has changed that may matter: the first to wait for an engine or to leave it,
         the second, the fourth, and so on; so a thousand calls for one engine cost ten decisions."""
+        if not (self._stirred or self._leaving or now >= self._wake_s):
+            self._quiet.wake_s = self._wake_s
+            return self._quiet
         step = Step()
         if self._stirred or now >= self._wake_s:
             self._decide(now, step)

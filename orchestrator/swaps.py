@@ -13,15 +13,18 @@ A batch's work keeps its engine until it is done, against other batches; against
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Literal
 
 State = Literal["absent", "loading", "ready", "draining", "failed"]
 
 BATCH_PATIENCE = 10.0
 """How many times ``max_wait_s`` a batch's request waits before it counts as due."""
+MARGIN = 1.25
+"""Swaps are taken to last so many times as long as the longest of late: a queue may be longer than the last one."""
 ANNOUNCED_S = 30.0
 """What a batch has announced keeps its engine for so long after its last call: the batch may be gone."""
 RATE_S = 60.0
@@ -48,8 +51,8 @@ class EngineView:
     no more with ten thousand calls waiting than with ten.
 
     ``holds`` says that the engine takes room. ``due_s``: when the first of its waiting calls is due. ``load_s``,
-    ``unload_s`` and ``run_s`` (the longest recent call) are measured, or guessed before. ``rate`` is online arrivals a
-    second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it was loaded.
+    ``unload_s`` and ``run_s`` (the longest call since the load before the last) are measured, or guessed before.
+    ``rate`` is online arrivals a second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it was loaded.
     """
 
     engine_id: str
@@ -110,16 +113,14 @@ def choose(now: float, engines: Sequence[EngineView], rules: Rules) -> Decision:
     wanting = [e for e in engines if e.state == "absent" and (e.online or e.batch)]
     if not wanting:
         return Decision()
-    call, full_s, wake_s = _calls(now, engines, wanting, room)
-    tight = now >= full_s
-    wanting.sort(key=lambda e: _rank(e, call, tight=tight))
-    for engine in wanting:
-        urgency = call.get(engine.engine_id, Urgency.NONE)
+    line = _Line(now, engines, wanting, room)
+    wake_s = line.wake_s
+    for engine, urgency in line.in_order():
         if room.has(engine):
             return Decision(engine_id=engine.engine_id, reason=f"{urgency}, and there is room")
         if room.will_have(engine):
             continue
-        if urgency is Urgency.NONE and tight:
+        if urgency is Urgency.NONE and line.tight:
             break
         allowed = [e for e in ready if _may_go(now, e, engine, urgency, rules)]
         if victims := _victims(now, allowed, room, engine):
@@ -136,52 +137,63 @@ class Urgency(StrEnum):
     NONE = "most waits for it"
 
 
-def _calls(
-    now: float, engines: Sequence[EngineView], wanting: Sequence[EngineView], room: "Room"
-) -> tuple[dict[str, Urgency], float, float]:
-    """Which engines have to come now; from when on a swap for any other would make one late; and when the next one will
-    have to come.
+class _Line:
+    """Who wants to come, and when each has to at the latest.
 
     Places turn over once a swap (the calls of the engine before end, it goes, the next one loads): the i-th to come
-    waits for i // places of them before its own.
+    waits for i // places of them before its own. ``tight``: a swap for anybody else would make one late. ``wake_s``:
+    when the next will have to come, or a little before.
     """
-    line = sorted((e for e in wanting if e.online), key=_due_s)
-    # Also of one that is idle: it may be asked at any time.
-    drain_s = min((e.run_s + e.unload_s for e in engines if e.state == "ready"), default=0.0)
-    swap_s = max(e.run_s + e.unload_s for e in engines) + max((e.load_s for e in line), default=0.0)
-    late, full_s, wake_s = 0, math.inf, math.inf
-    for i, engine in enumerate(line):
-        latest_s = engine.due_s - drain_s
-        full_s = min(full_s, latest_s - (i + room.moving + 1) // room.places * swap_s)
-        start_s = latest_s - (i + room.moving) // room.places * swap_s
-        if start_s <= now:
-            late = i + 1
-        else:
-            wake_s = min(wake_s, start_s)
-    call = {e.engine_id: Urgency.DUE for e in line[:late]}
-    for engine in wanting:
-        if engine.batch_due_s <= now:
-            call.setdefault(engine.engine_id, Urgency.AGED)
-        else:
-            wake_s = min(wake_s, engine.batch_due_s)
-    return call, full_s, wake_s
+
+    def __init__(self, now: float, engines: Sequence[EngineView], wanting: Sequence[EngineView], room: "Room") -> None:
+        self._wanting = wanting
+        self._online = sorted([e for e in wanting if e.online], key=attrgetter("due_s"))
+        self._batch = [e for e in wanting if e.batch]
+        self._late = 0
+        self.tight = False
+        self.wake_s = min((e.batch_due_s for e in self._batch if e.batch_due_s > now), default=math.inf)
+        self._aged = [e for e in self._batch if e.batch_due_s <= now]
+        if self._online:
+            self._look_ahead(now, engines, room)
+
+    def _look_ahead(self, now: float, engines: Sequence[EngineView], room: "Room") -> None:
+        # Also of an engine that is idle: it may be asked at any time.
+        drain_s = max([e.run_s + e.unload_s for e in engines if e.state == "ready"], default=0.0)
+        swap_s = max([e.run_s + e.unload_s for e in engines]) + max([e.load_s for e in self._online])
+        swap_s *= MARGIN
+        moving, places = room.moving, room.places
+        longest_s = (len(self._online) + moving) // places * swap_s
+        for i, engine in enumerate(self._online):
+            latest_s = engine.due_s - drain_s
+            if latest_s - longest_s > now:  # and so is everybody's after it
+                self.wake_s = min(self.wake_s, latest_s - longest_s)
+                return
+            start_s = latest_s - (i + moving) // places * swap_s
+            if start_s <= now:
+                self._late = i + 1
+            else:
+                self.wake_s = min(self.wake_s, start_s)
+            self.tight = self.tight or latest_s - (i + moving + 1) // places * swap_s <= now
+
+    def in_order(self) -> Iterator[tuple[EngineView, Urgency]]:
+        """The due by when, the aged by when, the others by work a second of loading, batches last. Where time is tight,
+        the others by when they will be due: room for one of them is room taken from those who are next."""
+        for engine in self._online[: self._late]:
+            yield engine, Urgency.DUE
+        for engine in sorted(self._aged, key=attrgetter("batch_due_s")):
+            yield engine, Urgency.AGED
+        if self.tight:
+            for engine in self._online[self._late :]:
+                yield engine, Urgency.NONE
+        others = [*self._online[self._late :], *(e for e in self._batch if not e.online)]
+        while others:  # seldom more than once: cheaper than to sort them
+            engine = min(others, key=_work)
+            others.remove(engine)
+            yield engine, Urgency.NONE
 
 
-def _due_s(engine: EngineView) -> float:
-    return engine.due_s
-
-
-def _rank(engine: EngineView, call: Mapping[str, Urgency], *, tight: bool) -> tuple[float, ...]:
-    """Least first: the due by when, the aged by when, the others by work a second of loading, batches last. Where time
-    is ``tight``, the others by when they will be due: room for one of them is room taken from those who are next."""
-    urgency = call.get(engine.engine_id)
-    if urgency is Urgency.DUE:
-        return (0, engine.due_s)
-    if urgency is Urgency.AGED:
-        return (1, engine.batch_due_s)
-    if tight and engine.online:
-        return (2, engine.due_s)
-    return (3 if engine.online else 4, -(engine.online or engine.batch + engine.announced) / engine.load_s)
+def _work(engine: EngineView) -> tuple[bool, float]:
+    return not engine.online, -(engine.online or engine.batch + engine.announced) / engine.load_s
 
 
 def _may_go(now: float, engine: EngineView, candidate: EngineView, urgency: Urgency, rules: Rules) -> bool:

@@ -1,8 +1,8 @@
 """Simulated engines under the real scheduler: hours of traffic in seconds, on a clock that jumps from event to event.
 
 Everything that decides is the service's own (orchestrator.scheduler, orchestrator.swaps). What is simulated: an engine
-takes ``load_s`` to load, reads ``prefill_tps`` tokens a second and writes ``decode_tps`` for each of its calls; all that
-fit into ``kv_tokens`` run at once, the others wait inside the engine, first come first served.
+takes ``load_s`` to load, reads ``prefill_tps`` tokens a second and writes ``decode_tps`` for each of its calls; all
+that fit into ``kv_tokens`` run at once, the others wait inside the engine, first come first served.
 """
 
 import heapq
@@ -78,7 +78,9 @@ class Simulation:
         self._wake_s = math.inf
 
     def _queue(self, number: int, speeds: Speeds) -> EngineQueue:
-        view = EngineView(engine_id=f"engine {number:02d}", load_s=speeds.load_s, memory_gib=speeds.memory_gib)
+        view = EngineView(
+            engine_id=f"engine {number:02d}", load_s=max(1e-3, speeds.load_s), memory_gib=speeds.memory_gib
+        )
         queue = self.scheduler.queues[view.engine_id] = EngineQueue(view)
         return queue
 
