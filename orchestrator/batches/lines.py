@@ -66,7 +66,7 @@ class Reader:
 
     def read(self, raw: bytes) -> Asked:
         """Raises a CollegiumError that says what is wrong with the line."""
-        line = _envelope(raw)
+        line = read_envelope(raw)
         if line.url not in self._urls:
             raise BadLine("invalid_url", f"url: '{line.url[:100]}' is not served here; use {', '.join(self._urls)}.")
         kind = KINDS[line.url]
@@ -111,7 +111,7 @@ def too_large(limit: int) -> CollegiumError:
     return TooLarge(f"The line is longer than {limit} bytes (limits.max_body_bytes).")
 
 
-def _envelope(raw: bytes) -> BatchLine:
+def read_envelope(raw: bytes) -> BatchLine:
     try:
         found = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:
