@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from experts.base import Engine
 from experts.errors import BadRequest, CollegiumError, Unavailable
@@ -152,6 +153,8 @@ def _explain_errors(app: FastAPI, metrics: Metrics) -> None:
         metrics.refused(error.code)
         reply = error_reply(error)
         reply.headers.update(exc.headers or {})
+        if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            reply.headers["allow"] = _allowed(app, http)
         return reply
 
     @app.exception_handler(RequestValidationError)
@@ -161,3 +164,9 @@ def _explain_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def bugs(_: HttpRequest, __: Exception) -> Response:
         return error_reply(CollegiumError(BROKEN))  # the server logs it
+
+
+def _allowed(app: FastAPI, http: HttpRequest) -> str:
+    """The methods of a path; Starlette names those of the first route that it stands on."""
+    routes = [r for r in app.router.routes if isinstance(r, Route) and r.matches(http.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))

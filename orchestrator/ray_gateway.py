@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.base import Engine
-from experts.errors import CollegiumError
+from experts.errors import CollegiumError, ConfigError
 from experts.serve_handle import ServeEngine
 from experts.types import EngineSpec
 from orchestrator import log as logs
@@ -117,6 +117,11 @@ def make_application(config: Config, *, folder: Path, ingress_replicas: int = 1)
 
 def check(config: Config, *, folder: Path) -> None:
     """Raises ConfigError for what no gateway could run on, before any has to try. Loads nothing."""
+    if config.batches.path is not None:
+        raise ConfigError(
+            "batches.path: files and batches are not served under the ray runtime, where each gateway replica would "
+            "work on them by its own. Take the section out, or run 'collegium serve --runtime local' for them."
+        )
     with chdir(folder):
         build_service(config, make=_make)
 

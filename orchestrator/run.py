@@ -113,7 +113,8 @@ class Ledger:
             del self._runs[request_id]
             if not self._runs:
                 self._idle.set()
-            self._tell(lambda observer: observer.ended(run))
+            if run.request.priority == "online":  # a batch tells of its lines itself; they would flood the rest
+                self._tell(lambda observer: observer.ended(run))
 
     def note_route(self, run: Run) -> None:
         run.routed_s = time.monotonic()

@@ -45,8 +45,8 @@ def main() -> None:
     given = parser.parse_args()
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
-    config = _write_config(out)
-    source = _write_lines(out)
+    config = write_config(out)
+    source = write_lines(out)
     for order in given.orders.split(","):
         _run(order, config, source, out)
     reports = {order: report for order in ("grouped", "arrival") if (report := _report(out, order))}
@@ -72,7 +72,7 @@ def read_answers(path: Path) -> dict[str, str]:
     return {row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"] for row in rows}
 
 
-def _write_config(out: Path) -> Path:
+def write_config(out: Path) -> Path:
     options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32, "kv_cache_memory_bytes": 2**28}
     models = make_models(out / "models")
     config = {
@@ -87,7 +87,7 @@ def _write_config(out: Path) -> Path:
     return path
 
 
-def _write_lines(out: Path) -> Path:
+def write_lines(out: Path) -> Path:
     questions = [q for kind in KINDS.values() for q in kind]
     random.Random(SEED).shuffle(questions)  # noqa: S311  # an order, not a secret
     path = out / "lines.jsonl"

@@ -36,12 +36,13 @@ class Calls:
     async def _by_engine(self, waiting: Mapping[str, int]) -> None:
         """As many engines at a time as can be loaded at a time; those that are loaded first, then those with the most
         calls waiting."""
-        dispatcher = self._session.bench().dispatcher
-        slots = asyncio.Semaphore(dispatcher.residency.slots or len(waiting))
+        service = self._session.bench().service
+        dispatcher, residency = service.dispatcher, service.dispatcher.residency
+        slots = asyncio.Semaphore(residency.slots or len(waiting))
         there = dispatcher.snapshot()
         async with asyncio.TaskGroup() as group:
             for engine_id in sorted(waiting, key=lambda e: (there[e].state != "ready", -waiting[e])):
-                place = asyncio.Semaphore(1) if dispatcher.residency.always(engine_id) else slots
+                place = slots if residency.manages(service.engines[engine_id]) else asyncio.Semaphore(1)
                 group.create_task(self._feed(engine_id, waiting[engine_id], place))
 
     async def _feed(self, engine_id: str, left: int, place: asyncio.Semaphore) -> None:
@@ -55,11 +56,11 @@ class Calls:
                         while calls:
                             for call, raw in calls:
                                 left -= 1
-                                session.bench().dispatcher.announce(engine_id, max(0, left))
+                                session.bench().service.dispatcher.announce(engine_id, max(0, left))
                                 await window.start(self._answer(call, raw))
                             calls = await session.page(engine_id, (calls[-1][0].n, calls[-1][0].slot))
             finally:
-                session.bench().dispatcher.announce(engine_id, 0)
+                session.bench().service.dispatcher.announce(engine_id, 0)
 
     async def _by_line(self) -> None:
         """First come, first served: each line's calls one after the other, as its decision has them."""

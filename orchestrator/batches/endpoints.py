@@ -65,9 +65,11 @@ class BatchEndpoints:
         return JSONReply(file.body())
 
     async def files(self, http: HttpRequest) -> Response:
-        tenant, query = self._enter(http), http.query_params
+        tenant, purpose = self._enter(http), http.query_params.get("purpose")
+        if purpose not in (None, "batch", "batch_output"):
+            raise BadRequest("purpose must be batch or batch_output.", param="purpose")
         page = _page(http, most=10_000)
-        found = await asyncio.to_thread(self._register.files, tenant.name, purpose=query.get("purpose"), page=page)
+        found = await asyncio.to_thread(self._register.files, tenant.name, purpose=purpose, page=page)
         return _list([file.body() for file in found], page)
 
     async def file(self, http: HttpRequest, file_id: str) -> Response:

@@ -18,7 +18,11 @@ from orchestrator.run import Policy
 from orchestrator.security import Tenant
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-URLS = (CHAT, COMPLETIONS, EMBEDDINGS)
+KINDS: Mapping[str, type[ChatBody] | type[CompletionBody] | type[EmbeddingBody]] = {
+    CHAT: ChatBody,
+    COMPLETIONS: CompletionBody,
+    EMBEDDINGS: EmbeddingBody,
+}
 
 
 class BadLine(BadRequest):
@@ -57,20 +61,19 @@ class Reader:
     ) -> None:
         self._service = service
         self._tenant = tenant
-        self._urls = URLS if url is None else (url,)
+        self._urls = tuple(KINDS) if url is None else (url,)
         self._overrides = overrides or Overrides()
 
     def read(self, raw: bytes) -> Asked:
         """Raises a CollegiumError that says what is wrong with the line."""
-        line = _envelope(raw)
+        line = read_envelope(raw)
         if line.url not in self._urls:
             raise BadLine("invalid_url", f"url: '{line.url[:100]}' is not served here; use {', '.join(self._urls)}.")
-        kind = {CHAT: ChatBody, COMPLETIONS: CompletionBody, EMBEDDINGS: EmbeddingBody}[line.url]
+        kind = KINDS[line.url]
         try:
             body = kind.model_validate(line.body)
         except ValidationError as exc:
             raise explain_invalid(exc, kind) from exc
-        assert isinstance(body, ChatBody | CompletionBody | EmbeddingBody)  # noqa: S101  # the table above
         if not isinstance(body, EmbeddingBody) and body.stream:
             raise BadRequest("stream: a batch has nobody to stream to; leave it out.", param="stream")
         return Asked(custom_id=line.custom_id, body=body)
@@ -78,8 +81,10 @@ class Reader:
     def request(self, asked: Asked, request_id: str) -> Request:
         """What the experts are asked. Its deadline counts from the moment that it is made."""
         assert not isinstance(asked.body, EmbeddingBody)  # noqa: S101  # these are answered without an expert
-        request = asked.body.request(self._service.config.limits, self._tenant.name)
-        return replace(request, request_id=request_id, stream=False, priority="batch")
+        config = self._service.config
+        request = asked.body.request(config.limits, self._tenant.name)
+        deadline_s = config.batches.deadline_s
+        return replace(request, request_id=request_id, stream=False, priority="batch", deadline_s=deadline_s)
 
     def policy(self, asked: Asked) -> Policy:
         """Raises NotFound, BadRequest, or Forbidden where the tenant may not ask for this model."""
@@ -106,7 +111,7 @@ def too_large(limit: int) -> CollegiumError:
     return TooLarge(f"The line is longer than {limit} bytes (limits.max_body_bytes).")
 
 
-def _envelope(raw: bytes) -> BatchLine:
+def read_envelope(raw: bytes) -> BatchLine:
     try:
         found = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:

@@ -147,7 +147,7 @@ class Manager:
         service = self._host.service
         tenant = service.keys.named(batch.tenant)
         reader = Reader(service, tenant=tenant, url=batch.body["endpoint"])
-        return Bench(service=service, experts=service.experts, dispatcher=service.dispatcher, reader=reader)
+        return Bench(service=service, reader=reader)
 
     def _watch(self, batch_id: str, progress: Progress) -> None:
         self._progress[batch_id] = progress

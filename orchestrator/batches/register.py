@@ -138,9 +138,8 @@ class Register:
     def batch(self, batch_id: str, tenant: str | None) -> StoredBatch:
         """Raises NotFound."""
         with self._transaction() as db:
-            row = db.execute(
-                f"SELECT {_BATCH} FROM batches WHERE id = ? AND tenant IS ?", (batch_id, tenant)
-            ).fetchone()  # noqa: S608
+            query = f"SELECT {_BATCH} FROM batches WHERE id = ? AND tenant IS ?"  # noqa: S608
+            row = db.execute(query, (batch_id, tenant)).fetchone()
         if row is None:
             raise NotFound(f"No batch '{batch_id[:100]}'.", param="batch_id")
         return _stored_batch(row)

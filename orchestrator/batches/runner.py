@@ -114,7 +114,7 @@ class Runner:
             **{key: getattr(tally, key) for key in ("requests", "expert_calls", "loads")},
             **{key: round(getattr(tally, key), 3) for key in ("load_s", "generate_s", "wall_s")},
             "order": job.order,
-            "resident": session.bench().dispatcher.residency.slots,
+            "resident": session.bench().service.dispatcher.residency.slots,
             "lost": tally.requests - lines - errors + twice + twice_failed,
             "duplicated": twice + twice_failed,
             "errors": errors,

@@ -82,7 +82,7 @@ class Session:
 
     def look(self) -> Tally:
         """The figures as of now, told to whoever watches."""
-        tally = self.meter.look(self.bench().dispatcher.snapshot())
+        tally = self.meter.look(self.bench().service.dispatcher.snapshot())
         self._watch(Progress(stage=self.stage, tally=tally))
         return tally
 

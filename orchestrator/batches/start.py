@@ -1,11 +1,12 @@
 """A batch in a process of its own: where its files lie, what must hold before it starts, and who answers it."""
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from experts.base import Engine
-from experts.errors import ConfigError
+from experts.errors import CollegiumError, ConfigError
 from experts.types import EngineSpec
 from orchestrator.batches.lines import Reader
 from orchestrator.batches.output import check_room
@@ -13,10 +14,10 @@ from orchestrator.batches.session import Job, Order
 from orchestrator.batches.work import Bench
 from orchestrator.build import build_service, make_engine
 from orchestrator.config import Config
-from orchestrator.dispatch import Dispatcher, Resident
 from orchestrator.policies import Overrides
-from orchestrator.residency import Residency
 from orchestrator.security import ANYONE
+
+log = logging.getLogger(__name__)
 
 
 def job_for(source: Path, output: Path, *, order: Order, window: int) -> Job:
@@ -58,12 +59,30 @@ async def open_bench(
     make: Callable[[EngineSpec], Engine] = make_engine,
 ) -> AsyncIterator[Bench]:
     """Everything that answers, with no engine loaded yet; all are unloaded at the end. Raises ConfigError."""
-    service = build_service(config, make=make)
-    dispatcher = Dispatcher(Residency(service.engines, slots=resident or config.residency.slots or 1))
-    experts = {e: Resident(x, dispatcher) for e, x in service.experts.items()}
+    service = build_service(_alone(config, resident), make=make)
     reader = Reader(service, tenant=ANYONE, overrides=overrides)
+    residency = service.dispatcher.residency
     try:
-        yield Bench(service=service, experts=experts, dispatcher=dispatcher, reader=reader)
-    finally:
         for engine in service.engines.values():
-            await engine.unload()
+            if not residency.manages(engine):
+                await _open(engine)
+        yield Bench(service=service, reader=reader)
+    finally:
+        await residency.close()
+        for engine in service.engines.values():
+            await residency.drop(engine)
+
+
+async def _open(engine: Engine) -> None:
+    """An engine that is always there, such as an endpoint. One that does not answer has its lines asked elsewhere."""
+    try:
+        await engine.load()
+    except CollegiumError as exc:
+        log.error("engine %s did not load: %s", engine.spec.engine_id, exc.message)
+
+
+def _alone(config: Config, resident: int | None) -> Config:
+    """``config`` for a process that has nobody else to answer: an engine may go as soon as nothing is left for it."""
+    own = config.residency
+    slots = resident or own.slots or (None if own.memory_gib else 1)
+    return config.model_copy(update={"residency": own.model_copy(update={"slots": slots, "min_loaded_s": 0.0})})

@@ -1,24 +1,28 @@
 """One call, and a line's calls made into its row. Both know experts and aggregators; neither knows a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from experts.base import Expert, collect_choices
-from experts.errors import CollegiumError
-from experts.types import Completion, Usage
+from experts.errors import BreakerOpen, CollegiumError, QueueFull
+from experts.types import Completion, Request, Usage
 from orchestrator.batches.lines import Asked, Reader, custom_id
 from orchestrator.batches.rows import Rows
 from orchestrator.batches.store import Call, Result, Said
 from orchestrator.build import FREE_AGGREGATORS, Service
-from orchestrator.dispatch import Dispatcher
 from orchestrator.exchange import bugs_told
 from orchestrator.replies import answer_body, to_json
 from orchestrator.resilience import CallRecord
 from orchestrator.run import Run
 from routers.base import RouteDecision
+
+PATIENCE_S = 120.0
+"""How long an engine may be silent before a batch stops waiting for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +30,6 @@ class Bench:
     """Who answers a batch at this moment. A reload of the service's config makes another."""
 
     service: Service
-    experts: Mapping[str, Expert]
-    dispatcher: Dispatcher
     reader: Reader
 
 
@@ -46,6 +48,7 @@ class Worker:
         self._bench = bench
         self._rows = rows
         self._created = created
+        self._silent_since: dict[str, float] = {}
 
     async def ask(self, call: Call, raw: bytes) -> tuple[Said | Result, list[CallRecord]]:
         """The call's end; at once the line's row where nothing else is to be waited for. The records of its attempts
@@ -59,7 +62,7 @@ class Worker:
             run = Run(request=own, policy=policy)
             with bugs_told():
                 async with bench.service.ledger.watch(run):
-                    completions = await collect_choices(bench.experts[call.expert_id].generate(own), own)
+                    completions = await self._patiently(bench.service.experts[call.expert_id], own)
         except CollegiumError as exc:
             return self._failed(call, exc), run.calls if run else []
         answer = Answer(completions=completions, calls=run.calls)
@@ -74,10 +77,10 @@ class Worker:
         told = _read_decision(decision)
         asked = bench.reader.read(raw)
         policy, request = bench.reader.policy(asked), bench.reader.request(asked, self._rows.request_id(call.n))
-        ranked = [e for e in told.ranked() if e in bench.experts]
+        ranked = [e for e in told.ranked() if e in bench.service.experts]
         return replace(
             failed,
-            spares=tuple((bench.experts[e].spec.engine_id, e) for e in ranked),
+            spares=tuple((bench.service.experts[e].spec.engine_id, e) for e in ranked),
             max_calls=bench.service.orchestrator.max_calls(told, request, policy),
         )
 
@@ -123,6 +126,23 @@ class Worker:
             run.calls = [*run.calls, *made]
         run.answer_usage, run.trace = completions[0].usage, completions[0].trace
         return completions
+
+    async def _patiently(self, expert: Expert, request: Request) -> list[Completion]:
+        """The expert's answer. Where an online request would be sent away, a batch asks again after a while: else an
+        endpoint that is down for a moment would fail the whole file within that moment."""
+        engine_id = expert.spec.engine_id
+        while True:
+            try:
+                completions = await collect_choices(expert.generate(request), request)
+            except (BreakerOpen, QueueFull) as exc:
+                since = self._silent_since.setdefault(engine_id, time.monotonic())
+                if time.monotonic() - since > PATIENCE_S:
+                    raise
+                pause_s = exc.retry_after_s or 1.0
+            else:
+                self._silent_since.pop(engine_id, None)
+                return completions
+            await asyncio.sleep(pause_s)
 
     def _row(self, n: int, asked: Asked, run: Run, completions: list[Completion]) -> Result:
         explain, run.latency_s = _explains(asked), sum(call.latency_s for call in run.calls)

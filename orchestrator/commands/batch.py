@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.batches.runner import Runner, report_path
-from orchestrator.batches.session import Job, Order, Progress
 from orchestrator.commands.options import Aggregator, ConfigFile, RouterName, TopK
 from orchestrator.commands.screen import make_console
 from orchestrator.starter import find_config, read_config
@@ -17,6 +15,7 @@ from orchestrator.starter import find_config, read_config
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.batches.session import Job, Progress
     from orchestrator.config import Config
     from orchestrator.policies import Overrides
 
@@ -37,7 +36,8 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="Answers, one a line; OUT.report.json lies beside it.")],
     config: ConfigFile = None,
     order: Annotated[
-        Order, typer.Option(help="grouped: each engine loaded once. arrival: line by line, to compare.")
+        Literal["grouped", "arrival"],
+        typer.Option(help="grouped: each engine loaded once. arrival: line by line, to compare."),
     ] = "grouped",
     resident: Annotated[
         int | None, typer.Option(min=1, help="Engines loaded at a time; without it what the config says, else 1.")
@@ -67,8 +67,9 @@ def run(
 
 
 async def _run(
-    job: Job, config: "Config", overrides: "Overrides", resident: int | None, console: "Console"
+    job: "Job", config: "Config", overrides: "Overrides", resident: int | None, console: "Console"
 ) -> Mapping[str, Any]:
+    from orchestrator.batches.runner import Runner
     from orchestrator.batches.start import open_bench
 
     async with open_bench(config, overrides=overrides, resident=resident) as bench:
@@ -77,7 +78,7 @@ async def _run(
 
 
 @contextmanager
-def _shown(console: "Console") -> Iterator[Callable[[Progress], None]]:
+def _shown(console: "Console") -> Iterator[Callable[["Progress"], None]]:
     """A bar with lines done, loads, tokens a second and the time left; without a terminal, a line now and then."""
     if not console.is_terminal:
         yield _Log(console)
@@ -96,7 +97,7 @@ class _Bar:
         self._bars = bars
         self._task = bars.add_task("reading", total=None, numbers="")
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         done = None if progress.stage == "reading" else progress.tally.settled
         self._bars.update(
             self._task,
@@ -114,7 +115,7 @@ class _Log:
         self._console = console
         self._said: tuple[str, int] = ("", 0)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         tenth = 0 if progress.stage == "reading" else 10 * progress.tally.settled // max(1, progress.tally.requests)
         if (progress.stage, tenth) != self._said:
             self._said = progress.stage, tenth
@@ -123,13 +124,15 @@ class _Log:
             )
 
 
-def _numbers(progress: Progress) -> str:
+def _numbers(progress: "Progress") -> str:
     tally = progress.tally
     rate = tally.completion_tokens / tally.generate_s if tally.generate_s else 0.0
     return f"{tally.loads} loads, {rate:.0f} tokens/s"
 
 
-def _say(console: "Console", report: Mapping[str, Any], job: Job) -> None:
+def _say(console: "Console", report: Mapping[str, Any], job: "Job") -> None:
+    from orchestrator.batches.runner import report_path
+
     done = report["requests"] - report["errors"]
     console.print(
         f"{done} of {report['requests']} lines answered by {report['expert_calls']} calls in {report['wall_s']:.1f} s: "

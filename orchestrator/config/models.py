@@ -222,7 +222,7 @@ class Decisions(Section):
 
 
 class Batches(Section):
-    """Files and batches over HTTP. Closed as long as there is no path; not under the Ray runtime."""
+    """Files of requests. Over HTTP they are closed as long as there is no path; see docs/batching.md."""
 
     path: Path | None = Field(None, description="Folder for files, batches and their state.")
     max_file_bytes: PositiveInt = 200 * 2**20
@@ -230,6 +230,9 @@ class Batches(Section):
     max_files: PositiveInt = Field(1000, description="Files a tenant may keep; what batches wrote is not counted.")
     max_unfinished: PositiveInt = Field(100, description="Batches of a tenant that wait or run.")
     at_a_time: PositiveInt = Field(1, description="Batches that run; the others wait for their turn.")
+    deadline_s: PositiveFloat = Field(
+        3600, description="A call that takes longer has failed: an engine that hangs must not hold a batch forever."
+    )
     window: int = Field(64, ge=1, le=4096, description="Calls of one engine that a batch has under way at a time.")
 
 

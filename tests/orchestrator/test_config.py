@@ -203,7 +203,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 @pytest.mark.parametrize("data", [[], "text", 5, True])
 def test_a_config_is_a_mapping(data: object) -> None:
-    with pytest.raises(ConfigError, match="the file: must be a mapping with the keys decisions, "):
+    with pytest.raises(ConfigError, match="the file: must be a mapping with the keys batches, decisions, "):
         parse_config(data)
 
 

@@ -78,3 +78,10 @@ def test_what_no_gateway_could_run_on_is_found_first(tmp_path: Path) -> None:
     router = {"name": "random", "options": {"sed": 1}}
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
         check(parse_config({**CONFIG, "policies": {"default": {"router": router}}}), folder=tmp_path)
+
+
+def test_batches_are_refused_in_words(tmp_path: Path) -> None:
+    from orchestrator.config import parse_config
+
+    with pytest.raises(ConfigError, match=r"batches\.path: .*--runtime local"):
+        check(parse_config({**CONFIG, "batches": {"path": str(tmp_path)}}), folder=tmp_path)

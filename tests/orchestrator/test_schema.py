@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, RouteBody
-from tests.orchestrator.served import Served, fake_config, serving
+from tests.orchestrator.served import Served, fake_config, serving, wait_for
 
 ASK: list[Any] = [{"role": "user", "content": "Ann"}]
 
@@ -35,11 +35,14 @@ def stub_encoder(app: FastAPI) -> None:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    security = {"admin_key_env": "ADMIN_KEY"}
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    sections = {
+        "security": {"admin_key_env": "ADMIN_KEY"},
+        "batches": {"path": str(tmp_path_factory.mktemp("batches")), "max_files": 1000},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADMIN_KEY", "sk-admin")
-        with serving(fake_config({"security": security}), prepare=stub_encoder) as running:
+        with serving(fake_config(sections), prepare=stub_encoder) as running:
             yield running
 
 
@@ -118,6 +121,20 @@ def test_replies_are_as_described(served: Served, document: Any, path: str, body
 def test_decisions_are_as_described(served: Served, document: Any) -> None:
     reply = served.http.post("/v1/chat/completions", json={"model": "one", "messages": ASK})
     check(document, "Explanation", served.http.get(f"/v1/decisions/{reply.json()['id']}").json())
+
+
+def test_files_and_batches_are_as_described(served: Served, document: Any) -> None:
+    form = {"files": {"file": ("in.jsonl", b"x")}, "data": {"purpose": "batch"}}
+    file = served.http.post("/v1/files", **form).json()
+    body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "1h"}
+    batch = served.http.post("/v1/batches", json=body).json()
+    check(document, "File", file)
+    check(document, "Batch", batch)
+    check(document, "Files", served.http.get("/v1/files").json())
+    check(document, "Batches", served.http.get("/v1/batches").json())
+    wait_for(lambda: served.http.get(f"/v1/batches/{batch['id']}").json()["status"] == "completed")
+    check(document, "Batch", served.http.get(f"/v1/batches/{batch['id']}").json())
+    check(document, "FileDeleted", served.http.delete(f"/v1/files/{file['id']}").json())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def config(**engines: Mapping[str, Any]) -> dict[str, Any]:
             "default": {"router": "random", "top_k": 2, "aggregator": "vote"},
             "single": {"router": "round_robin"},
         },
-        "resilience": {"retries": 0},
+        "resilience": {"retries": 0, "breaker_open_s": 0.02},
     }
 
 

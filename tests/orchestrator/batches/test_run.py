@@ -161,7 +161,17 @@ async def test_an_engine_that_does_not_load_gives_its_lines_to_the_next_best(tmp
     assert report["lost"] == 0
 
 
-async def test_an_engine_that_dies_in_the_middle(tmp_path):
+async def test_an_endpoint_that_is_down_for_a_moment_costs_no_line(tmp_path):
+    settings = config(a={"fail": ["ok", *["refuse"] * 2, "ok"]})
+    settings["resilience"] |= {"breaker_failures": 1}
+    batch = Batch(tmp_path, settings)
+    batch.write([line(f"q{i}", model="one") for i in range(10)])
+    await batch.run(window=1)
+    assert len(batch.rows()) == 8  # the two that were refused; the others waited for the breaker
+
+
+async def test_an_engine_that_dies_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.batches.work.PATIENCE_S", 0.1)
     batch = Batch(tmp_path, config(b={"fail": ["ok", "ok", "ok", "refuse"]}))
     batch.write([line(f"q{i}", collegium={"router": "always", "top_k": 3}) for i in range(12)])
     report = await batch.run(window=1)
@@ -186,6 +196,15 @@ async def test_a_spare_is_asked_once_a_line_and_calls_stay_within_the_limit(tmp_
     assert batch.answers() == {"q": "three heard: What of q?"}
     assert [r["custom_id"] for r in batch.errors] == ["p"]
     assert batch.engines["c"].calls == 1
+
+
+async def test_nothing_waits_long_for_an_engine_that_is_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.batches.work.PATIENCE_S", 0.1)
+    batch = Batch(tmp_path, config(a={"fail": ["refuse"]}))
+    batch.write([line(f"q{i}", model="one") for i in range(200)])
+    report = await batch.run()
+    assert (report["errors"], report["lost"]) == (200, 0)
+    assert {r["error"]["code"] for r in batch.errors} == {"expert_failed", "breaker_open"}
 
 
 async def test_when_all_fail_the_best_experts_failure_is_told(tmp_path):
@@ -218,6 +237,19 @@ async def test_a_bug_in_an_engine_is_a_line_in_the_error_file(batch):
     await batch.run(wrap=lambda engine: Broken(engine) if engine.spec.engine_id == "a" else engine)
     assert [r["custom_id"] for r in batch.rows()] == ["p"]
     assert batch.errors[0]["error"]["code"] == "internal_error"
+
+
+async def test_an_aggregator_that_asks_experts_waits_for_all_calls(tmp_path):
+    """Its engine comes back once, not for each line."""
+    settings = config()
+    fuse = {"name": "fuse", "options": {"expert": "one"}}
+    settings["policies"]["default"] = {"router": "always", "top_k": 3, "aggregator": fuse}
+    batch = Batch(tmp_path, settings)
+    batch.write([line(f"q{i}", collegium={"explain": True}) for i in range(10)])
+    report = await batch.run()
+    assert (report["expert_calls"], report["errors"], report["lost"]) == (40, 0, 0)
+    assert report["loads"] <= 4
+    assert len(batch.rows()[0]["response"]["body"]["collegium"]["calls"]) == 4
 
 
 async def test_a_long_file_is_read_in_pages(batch, monkeypatch):
