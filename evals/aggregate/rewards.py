@@ -22,7 +22,7 @@ from evals.aggregate.attacked import attack_rates
 from evals.aggregate.fitted import Contestant, fit_contestants
 from evals.routing.statistics import Bootstrap, Estimate
 from experts.models import cache_dir
-from orchestrator.aggregators.reward_moe.build import SPLIT_SEED, preference_files
+from orchestrator.aggregators.reward_moe.build import ATTACKED, SIZES, SPLIT_SEED, preference_files
 from orchestrator.aggregators.reward_moe.corpus import Corpus, make_corpus
 from orchestrator.aggregators.reward_moe.samples import (
     Drawn,
@@ -66,36 +66,35 @@ def main(
     ] = None,
     pool: Annotated[str, typer.Option(help="The pool that has texts.")] = "mmlu-pro",
     encoder: Annotated[str, typer.Option(help="wordllama, or the service's encoder.")] = "wordllama",
+    questions: Annotated[int, typer.Option(help="Questions of the train split to learn from, drawn by seed.")] = 4000,
     seed: Annotated[int, typer.Option(help="Panels, attacks, starting points.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A file for the figures, as JSON.")] = None,
 ) -> None:
     """Pairwise accuracy, best-of-n and attacks for each reward."""
-    figures = asyncio.run(_measure(pools, preferences or pools.parent / "preferences", pool, encoder, seed))
+    figures = asyncio.run(_measure(pools, preferences or pools.parent / "preferences", pool, encoder, questions, seed))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(orjson.dumps(figures, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
 
 
-async def _measure(pools: Path, preferences: Path, pool: str, encoder_name: str, seed: int) -> Mapping[str, object]:
+async def _measure(
+    pools: Path, preferences: Path, pool: str, encoder_name: str, questions: int, seed: int
+) -> Mapping[str, object]:
     folder, encoder, cache = pools / pool, make_encoder(encoder_name, 1), cache_dir() / "embeddings"
-    fitting = time.perf_counter()
-    fitted = await fit_contestants(folder, preferences, encoder, cache, seed)
-    print(f"fitted on {len(fitted.train.pairs_K2)} pairs in {time.perf_counter() - fitting:.0f} s\n", flush=True)
     records = read_records(folder)
     panels = _panels(records, pools.parent / "subsets.json", seed)
-    drawn = [d for _, own in panels for d in own]
-    answers, questions = read_answers(folder, records, drawn), read_questions(folder)
-    samples = {name: pool_samples(records, questions, answers, own, attacked=0, seed=seed) for name, own in panels}
-    for path in preference_files(preferences):
-        name = path.name.removesuffix(".jsonl.gz")
-        samples[name] = preference_samples(
-            read_preferences(path), name, "test", attacked=0, seed=seed, split_seed=SPLIT_SEED
-        )
+    rows = np.random.default_rng(seed).permutation(records.rows("train"))[:questions]
+    drawn = draw_panels(records, rows, sizes=SIZES, seed=seed)
+    answers = read_answers(folder, records, [*drawn, *(d for _, own in panels for d in own)])
+    asked, train = read_questions(folder), _preferences(preferences, "train", seed)
+    graded = pool_samples(records, asked, answers, drawn, attacked=ATTACKED, seed=seed)
+    fitted = await fit_contestants([*graded, *(s for own in train.values() for s in own)], encoder, cache, seed)
+    print(f"fitted on {len(fitted.train.inputs)} answers, {len(fitted.train.pairs_K2)} pairs\n", flush=True)
+    samples = {name: pool_samples(records, asked, answers, own, attacked=0, seed=seed) for name, own in panels}
     tested = {}
-    for name, own in samples.items():
-        corpus = await make_corpus(
-            own, encoder, cache, objectives=fitted.train.objectives, scaling=fitted.train.scaling
-        )
+    for name, own in {**samples, **_preferences(preferences, "test", seed)}.items():
+        objectives, scaling = fitted.train.objectives, fitted.train.scaling
+        corpus = await make_corpus(own, encoder, cache, objectives=objectives, scaling=scaling)
         tested[name] = Tested(name=name, samples=own, corpus=corpus)
     best_of = {name: t for name, t in tested.items() if name.startswith("best of ")}
     paired = {name: t for name, t in tested.items() if name not in best_of}
@@ -104,6 +103,17 @@ async def _measure(pools: Path, preferences: Path, pool: str, encoder_name: str,
     figures["attacks"] = await attack_rates(paired, fitted, encoder, cache, seed)
     figures["ms_per_answer"] = _speed(paired[records.name], fitted.contestants)
     return figures
+
+
+def _preferences(folder: Path, split: str, seed: int) -> dict[str, list[Sample]]:
+    attacked = ATTACKED if split == "train" else 0.0
+    found = {}
+    for path in preference_files(folder):
+        name = path.name.removesuffix(".jsonl.gz")
+        found[name] = preference_samples(
+            read_preferences(path), name, split, attacked=attacked, seed=seed, split_seed=SPLIT_SEED
+        )
+    return found
 
 
 def _panels(records: Records, subsets: Path, seed: int) -> list[tuple[str, list[Drawn]]]:

@@ -44,9 +44,15 @@ class DMoERMSettings:
     fusion_share: float = 0.4
     least_pairs: int = 400
     base: Schedule = field(default_factory=lambda: Schedule(steps=500, lr=2e-3, weight_decay=0.1))
-    own: Schedule = field(default_factory=lambda: Schedule(steps=150, lr=5e-4, weight_decay=0.1, check_every=25))
-    capability: Schedule = field(default_factory=lambda: Schedule(steps=150, lr=1e-3, check_every=25))
-    fusion: Schedule = field(default_factory=lambda: Schedule(steps=200, lr=1e-3, weight_decay=0.1, check_every=25))
+    own: Schedule = field(
+        default_factory=lambda: Schedule(steps=100, batch=512, lr=1e-3, weight_decay=0.1, check_every=25)
+    )
+    capability: Schedule = field(
+        default_factory=lambda: Schedule(steps=100, batch=512, lr=2e-3, weight_decay=0.1, check_every=25)
+    )
+    fusion: Schedule = field(
+        default_factory=lambda: Schedule(steps=100, batch=512, lr=1e-3, weight_decay=0.3, check_every=25)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
