@@ -42,7 +42,7 @@ PANEL = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class HeldOut:
     """One source's held-out samples as arrays."""
 
     name: str
@@ -95,7 +95,7 @@ async def _measure(
     for name, own in {**samples, **_preferences(preferences, "test", seed)}.items():
         objectives, scaling = fitted.train.objectives, fitted.train.scaling
         corpus = await make_corpus(own, encoder, cache, objectives=objectives, scaling=scaling)
-        tested[name] = Tested(name=name, samples=own, corpus=corpus)
+        tested[name] = HeldOut(name=name, samples=own, corpus=corpus)
     best_of = {name: t for name, t in tested.items() if name.startswith("best of ")}
     paired = {name: t for name, t in tested.items() if name not in best_of}
     figures: dict[str, object] = {"pairs": _pair_table(paired, fitted.contestants, seed)}
@@ -132,7 +132,7 @@ def _panels(records: Records, subsets: Path, seed: int) -> list[tuple[str, list[
 
 
 def _pair_table(
-    tested: Mapping[str, Tested], contestants: Sequence[Contestant], seed: int
+    tested: Mapping[str, HeldOut], contestants: Sequence[Contestant], seed: int
 ) -> Mapping[str, Mapping[str, object]]:
     """By source, and "mean": sources count the same in it. Differences are paired, to the ArmoRM gate."""
     rights = {c.name: {n: t.accuracy(c.score(t.corpus.inputs)) for n, t in tested.items()} for c in contestants}
@@ -166,7 +166,7 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.value:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
 
 
-def _best_of(tested: Tested, contestants: Sequence[Contestant], seed: int) -> Mapping[str, object]:
+def _best_of(tested: HeldOut, contestants: Sequence[Contestant], seed: int) -> Mapping[str, object]:
     prompt_N = tested.corpus.inputs.prompt_N
     starts = np.flatnonzero(np.diff(prompt_N, prepend=-1))
     graded_N = np.array([labels["correct"] for sample in tested.samples for labels in sample.labels])
@@ -184,7 +184,7 @@ def _best_of(tested: Tested, contestants: Sequence[Contestant], seed: int) -> Ma
     return {name: {"value": float(s.mean()), "ci95": boot.mean(s).ci95} for name, s in rows.items()}
 
 
-def _vote(tested: Tested) -> Array:
+def _vote(tested: HeldOut) -> Array:
     """Plain majority of what the answers settle on; ties and nothing readable go to the better expert on train."""
     picked = []
     for sample in tested.samples:
@@ -194,7 +194,7 @@ def _vote(tested: Tested) -> Array:
     return np.array(picked)
 
 
-def _speed(tested: Tested, contestants: Sequence[Contestant], panels: int = 200) -> Mapping[str, float]:
+def _speed(tested: HeldOut, contestants: Sequence[Contestant], panels: int = 200) -> Mapping[str, float]:
     """From embeddings that are known, surface features included: the least of five runs over panels, one at a time."""
     from orchestrator.aggregators.reward_moe.inputs import raw_features
 

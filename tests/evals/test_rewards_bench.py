@@ -7,7 +7,7 @@ import pytest
 
 from evals.aggregate.attacked import _rate, _with_attack
 from evals.aggregate.fitted import _only
-from evals.aggregate.rewards import Tested, _mean, _vote
+from evals.aggregate.rewards import HeldOut, _mean, _vote
 from evals.routing.statistics import Estimate
 from orchestrator.aggregators.reward_moe.armorm import ArmoRM, uniform_gate
 from orchestrator.aggregators.reward_moe.attacks import HELD_OUT, KINDS
@@ -24,9 +24,9 @@ SAMPLE = Sample(
 )
 
 
-def tested(*samples):
+def held_out(*samples):
     starts = np.cumsum([0, *(len(s.panel.texts) for s in samples)])
-    return Tested(
+    return HeldOut(
         name="s",
         samples=samples,
         corpus=Corpus(
@@ -48,13 +48,13 @@ def tested(*samples):
 
 def test_accuracy_is_by_prompt_and_a_tie_counts_half():
     scores = np.array([0.0, 1.0, 0.0, 5.0, 1.0, 2.0])
-    assert tested(SAMPLE, SAMPLE).accuracy(scores).tolist() == [0.75, 0.0]
+    assert held_out(SAMPLE, SAMPLE).accuracy(scores).tolist() == [0.75, 0.0]
 
 
 def test_a_vote_goes_to_the_larger_group_then_to_the_better_expert():
     split = replace(SAMPLE, panel=make_panel("Which?", ("red", "blue"), ["(A)", "(B)", "?"]))
     silent = replace(SAMPLE, panel=make_panel("Which?", ("red", "blue"), ["?", "?", "?"]))
-    assert _vote(tested(SAMPLE, split, silent)).tolist() == [1.0, 0.0, 0.0]
+    assert _vote(held_out(SAMPLE, split, silent)).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_an_attack_wins_only_where_it_is_above_all_others():
