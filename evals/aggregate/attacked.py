@@ -17,7 +17,7 @@ from routers.encoders import Encoder
 if TYPE_CHECKING:
     from evals.aggregate.rewards import HeldOut
 
-_PROMPTS = 300
+_PROMPTS = 200
 """Of each source."""
 
 

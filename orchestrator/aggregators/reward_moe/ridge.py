@@ -53,14 +53,28 @@ class _Ridge:
         self._train_N, self._check_N = known_N & ~held_N, known_N & held_N
         if not self._train_N.any() or not self._check_N.any():
             self._train_N = self._check_N = known_N
+        self._known_N = known_N
         self._train_ND, self._check_ND = features_ND[self._train_N], features_ND[self._check_N]
-        self._values, self._vectors = np.linalg.eigh((self._train_ND.T @ self._train_ND).astype(np.float64))
+        self._known_ND = features_ND[known_N]
+        self._trained, self._whole = _decompose(self._train_ND), _decompose(self._known_ND)
 
     def best(self, label_N: Array) -> tuple[Array, float, float]:
-        """The weights, alpha, and error on the held-out rows."""
-        target = self._vectors.T @ (self._train_ND.T @ label_N[self._train_N]).astype(np.float64)
-        weights = [self._vectors @ (target / (np.maximum(self._values, 0) + alpha)) for alpha in ALPHAS]
+        """The weights of the best alpha, fitted again on all rows; that alpha, and its error on the held-out rows."""
+        target_D = self._train_ND.T @ label_N[self._train_N]
+        weights = [_solve(self._trained, target_D, alpha) for alpha in ALPHAS]
         guesses = self._check_ND @ np.stack(weights, axis=1).astype(np.float32)
         errors = ((guesses - label_N[self._check_N, None]) ** 2).mean(axis=0)
         place = int(np.argmin(errors))
-        return weights[place].astype(np.float32), ALPHAS[place], float(errors[place])
+        whole_D = _solve(self._whole, self._known_ND.T @ label_N[self._known_N], ALPHAS[place])
+        return whole_D.astype(np.float32), ALPHAS[place], float(errors[place])
+
+
+def _decompose(features_ND: Array) -> tuple[Array, Array]:
+    values, vectors = np.linalg.eigh((features_ND.T @ features_ND).astype(np.float64))
+    return values, vectors
+
+
+def _solve(decomposed: tuple[Array, Array], target_D: Array, alpha: float) -> Array:
+    values, vectors = decomposed
+    found: Array = vectors @ ((vectors.T @ target_D.astype(np.float64)) / (np.maximum(values, 0) + alpha))
+    return found

@@ -16,6 +16,7 @@ import numpy as np
 from experts.errors import ConfigError
 from experts.pools import RecordedAnswer, RecordedPool, read_rows
 from orchestrator.aggregators.reward_moe import attacks
+from orchestrator.aggregators.reward_moe.features import read_choice
 from orchestrator.aggregators.reward_moe.inputs import Panel, make_panel
 from routers.records import Array, Records
 
@@ -135,7 +136,6 @@ def _graded(
     labels: list[Labels] = [
         {
             "correct": float(score),
-            f"correct:{task}": float(score),
             "agreement": _share(records, drawn.question, expert),
             ANSWERED: float(answer.answer is not None),
             VERBOSITY: _verbosity(answer.text or ""),
@@ -145,9 +145,10 @@ def _graded(
     pairs = _pairs(scores, rng)
     texts, choices = [answer.text or "" for answer in found], [answer.answer for answer in found]
     if attacked:
-        text, own = _attack(question, rng)
-        texts, choices = [*texts, text], [*choices, None]
-        labels.append({**dict.fromkeys(labels[0], 0.0), VERBOSITY: _verbosity(own)})
+        # As the service would see it: its options are in what is copied, and a choice is read out of it if it can be.
+        text = _attack(written(question, options), rng)
+        texts, choices = [*texts, text], [*choices, read_choice(text, options)]
+        labels.append({**dict.fromkeys(labels[0], 0.0), VERBOSITY: _verbosity(text)})
         winners = rng.permutation(len(found))[:_ATTACK_PAIRS]
         pairs += [(int(winner), len(found)) for winner in winners]
     return Sample(
@@ -160,10 +161,9 @@ def _graded(
     )
 
 
-def _attack(question: str, rng: np.random.Generator) -> tuple[str, str]:
+def _attack(question: str, rng: np.random.Generator) -> str:
     kind = attacks.KINDS[int(rng.integers(len(attacks.KINDS)))]
-    text = attacks.attack(kind, question, attacks.TRAIN, rng)
-    return text, text
+    return attacks.attack(kind, question, attacks.TRAIN, rng)
 
 
 def _share(records: Records, question: int, expert: int) -> float:
@@ -221,12 +221,12 @@ def _compared(row: Mapping[str, Any], name: str, rng: np.random.Generator, *, at
     labels: list[Labels] = [{f"preferred:{name}": w, VERBOSITY: _verbosity(t)} for w, t in zip(won, texts, strict=True)]
     pairs = [] if row["label"] == "tie" else [(0, 1) if row["label"] == "a" else (1, 0)]
     if attacked:
-        text, _ = _attack(row["prompt"], rng)
+        text = _attack(row["prompt"], rng)
         texts.append(text)
         labels.append({f"preferred:{name}": 0.0, VERBOSITY: _verbosity(text)})
         pairs += [(0, 2), (1, 2)]
     return Sample(
-        panel=make_panel(row["prompt"], (), texts, [None] * len(texts)),
+        panel=make_panel(row["prompt"], (), texts),
         source=name,
         category=name,
         labels=tuple(labels),
