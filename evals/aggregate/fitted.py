@@ -64,7 +64,7 @@ async def fit_contestants(samples: Sequence[Sample], encoder: Encoder, cache: Pa
 
 
 def _only(model: ArmoRM, place: int) -> Gate:
-    """A gate that reads one objective whatever the prompt."""
-    bias_O = np.full(len(model.objectives), -100.0, np.float32)
+    """A gate that gives all weight to one objective, whatever the prompt, and to the others exactly none."""
+    bias_O = np.full(len(model.objectives), -np.inf, np.float32)
     bias_O[place] = 0
     return replace(model.gate, biases=(bias_O,))
