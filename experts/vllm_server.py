@@ -64,16 +64,7 @@ class Server:
 
     async def aclose(self) -> None:
         """End vLLM's processes. What is being generated fails."""
-        await asyncio.to_thread(self._end)
-        # vLLM closes its sockets in this loop, and leaves their context with three threads behind.
-        await asyncio.sleep(0)
-        self.llm.engine_core.resources.ctx.destroy(linger=0)
-
-    def _end(self) -> None:
-        processes = getattr(self.llm.engine_core.resources.engine_manager, "processes", ())
-        self.llm.shutdown(_END_S)
-        for process in processes:
-            process.join()  # or it stays a zombie
+        await end(self.llm)
 
     async def events(self, request: Request, expert: ExpertSpec) -> AsyncGenerator[Mapping[str, Any], None]:
         """The events of the streamed reply, as OpenAI's API has them. Closing it ends the generation in vLLM.
@@ -137,6 +128,21 @@ class Server:
         if isinstance(rendered, ErrorResponse):
             return 0
         return sum(extract_prompt_len(self.llm.model_config, each) for each in rendered)
+
+
+async def end(llm: AsyncLLM) -> None:
+    """End vLLM's processes."""
+    await asyncio.to_thread(_end, llm)
+    # vLLM closes its sockets in this loop, and leaves their context with three threads behind.
+    await asyncio.sleep(0)
+    llm.engine_core.resources.ctx.destroy(linger=0)
+
+
+def _end(llm: AsyncLLM) -> None:
+    processes = getattr(llm.engine_core.resources.engine_manager, "processes", ())
+    llm.shutdown(_END_S)
+    for process in processes:
+        process.join()  # or it stays a zombie
 
 
 def _templating(llm: AsyncLLM, serving: Mapping[str, Any]) -> dict[str, Any]:

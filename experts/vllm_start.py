@@ -17,6 +17,7 @@ from experts.vllm_options import Options, check_memory, environment, read_option
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     from experts.vllm_server import Server
 
@@ -43,7 +44,14 @@ async def start(spec: EngineSpec) -> "Server":
 
 
 def _launch(spec: EngineSpec) -> "tuple[Server, Options]":
-    """Everything that blocks: preparing the model, importing vLLM, waiting for its process."""
+    llm, options = launch(spec)
+    from experts.vllm_server import Server
+
+    return Server(engine_id=spec.engine_id, llm=llm, adapters=options.adapters), options
+
+
+def launch(spec: EngineSpec) -> "tuple[AsyncLLM, Options]":
+    """Everything that blocks: preparing the model, importing vLLM, waiting for its process. Raises as start() does."""
     model = resolve(spec.model)
     with _STARTING:
         with _environment(environment(model)):
@@ -100,13 +108,11 @@ def _configure(spec: EngineSpec, options: Options) -> "VllmConfig":
         raise ConfigError(f"Engine '{spec.engine_id}': vLLM refuses its model or its options: {exc}") from exc
 
 
-def _run(spec: EngineSpec, options: Options, config: "VllmConfig") -> "Server":
+def _run(spec: EngineSpec, options: Options, config: "VllmConfig") -> "AsyncLLM":
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from experts.vllm_server import Server
-
     try:
-        llm = AsyncLLM.from_vllm_config(
+        return AsyncLLM.from_vllm_config(
             config,
             enable_log_requests=options.arguments.get("enable_log_requests", False),
             disable_log_stats=options.arguments["disable_log_stats"],
@@ -117,7 +123,6 @@ def _run(spec: EngineSpec, options: Options, config: "VllmConfig") -> "Server":
             "with VLLM_LOGGING_LEVEL=INFO. A process that was killed with -9 had too little memory.",
             retryable=False,
         ) from exc
-    return Server(engine_id=spec.engine_id, llm=llm, adapters=options.adapters)
 
 
 @contextlib.contextmanager

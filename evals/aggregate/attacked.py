@@ -15,14 +15,14 @@ from orchestrator.aggregators.reward_moe.samples import Sample
 from routers.encoders import Encoder
 
 if TYPE_CHECKING:
-    from evals.aggregate.rewards import Tested
+    from evals.aggregate.rewards import HeldOut
 
-_PROMPTS = 300
+_PROMPTS = 200
 """Of each source."""
 
 
 async def attack_rates(
-    tested: "Mapping[str, Tested]", fitted: FittedAll, encoder: Encoder, cache: Path, seed: int
+    tested: "Mapping[str, HeldOut]", fitted: FittedAll, encoder: Encoder, cache: Path, seed: int
 ) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
     """By source and kind of attack: the share of prompts where the attack has the highest reward. Wordings are ones
     that no reward was trained with."""

@@ -1,6 +1,7 @@
 """The rewards that are compared, all fitted on the same samples."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import numpy as np
 
 from orchestrator.aggregators.reward_moe.armorm import ArmoRM, Gate
 from orchestrator.aggregators.reward_moe.armorm_fit import fit_armorm, fit_rewards
-from orchestrator.aggregators.reward_moe.build import Watch, read_material
 from orchestrator.aggregators.reward_moe.corpus import Corpus, make_corpus
 from orchestrator.aggregators.reward_moe.dmoerm_fit import fit_dmoerm
 from orchestrator.aggregators.reward_moe.inputs import Inputs
 from orchestrator.aggregators.reward_moe.model import Model
+from orchestrator.aggregators.reward_moe.samples import Sample
 from orchestrator.aggregators.reward_moe.single import fit_single
 from routers.encoders import Encoder
 from routers.records import Array
@@ -40,10 +41,8 @@ BASE = "single, no attacks"
 """The base reward: one Bradley-Terry head that never saw an attack."""
 
 
-async def fit_contestants(folder: Path, preferences: Path, encoder: Encoder, cache: Path, seed: int) -> FittedAll:
-    watch = Watch(step=lambda label, total: print(f"{label} ({total})", flush=True))
-    material = read_material([folder], [preferences], seed=seed, watch=watch)
-    train = await make_corpus(material.samples, encoder, cache)
+async def fit_contestants(samples: Sequence[Sample], encoder: Encoder, cache: Path, seed: int) -> FittedAll:
+    train = await make_corpus(samples, encoder, cache)
     objectives = fit_rewards(train, seed=seed)
     made: dict[str, Callable[[], Model]] = {
         BASE: lambda: fit_single(train, seed=seed, attacks=False),
@@ -52,7 +51,11 @@ async def fit_contestants(folder: Path, preferences: Path, encoder: Encoder, cac
         "armorm": lambda: fit_armorm(train, seed=seed, base=objectives),
         "dmoerm": lambda: fit_dmoerm(train, seed=seed),
     }
-    contestants = [Contestant(name=name, model=make()) for name, make in made.items()]
+    contestants = []
+    for name, make in made.items():
+        started = time.perf_counter()
+        contestants.append(Contestant(name=name, model=make()))
+        print(f"  {name}: fitted in {time.perf_counter() - started:.0f} s", flush=True)
     alone = [
         Contestant(name=name, model=replace(objectives, gate=_only(objectives, place)), objective=True)
         for place, name in enumerate(objectives.objectives)
@@ -61,7 +64,7 @@ async def fit_contestants(folder: Path, preferences: Path, encoder: Encoder, cac
 
 
 def _only(model: ArmoRM, place: int) -> Gate:
-    """A gate that reads one objective whatever the prompt."""
-    bias_O = np.full(len(model.objectives), -100.0, np.float32)
+    """A gate that gives all weight to one objective, whatever the prompt, and to the others exactly none."""
+    bias_O = np.full(len(model.objectives), -np.inf, np.float32)
     bias_O[place] = 0
     return replace(model.gate, biases=(bias_O,))

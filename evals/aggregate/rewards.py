@@ -22,7 +22,7 @@ from evals.aggregate.attacked import attack_rates
 from evals.aggregate.fitted import Contestant, fit_contestants
 from evals.routing.statistics import Bootstrap, Estimate
 from experts.models import cache_dir
-from orchestrator.aggregators.reward_moe.build import SPLIT_SEED, preference_files
+from orchestrator.aggregators.reward_moe.build import ATTACKED, SIZES, SPLIT_SEED, preference_files
 from orchestrator.aggregators.reward_moe.corpus import Corpus, make_corpus
 from orchestrator.aggregators.reward_moe.samples import (
     Drawn,
@@ -42,7 +42,7 @@ PANEL = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class HeldOut:
     """One source's held-out samples as arrays."""
 
     name: str
@@ -66,37 +66,36 @@ def main(
     ] = None,
     pool: Annotated[str, typer.Option(help="The pool that has texts.")] = "mmlu-pro",
     encoder: Annotated[str, typer.Option(help="wordllama, or the service's encoder.")] = "wordllama",
+    questions: Annotated[int, typer.Option(help="Questions of the train split to learn from, drawn by seed.")] = 4000,
     seed: Annotated[int, typer.Option(help="Panels, attacks, starting points.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A file for the figures, as JSON.")] = None,
 ) -> None:
     """Pairwise accuracy, best-of-n and attacks for each reward."""
-    figures = asyncio.run(_measure(pools, preferences or pools.parent / "preferences", pool, encoder, seed))
+    figures = asyncio.run(_measure(pools, preferences or pools.parent / "preferences", pool, encoder, questions, seed))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(orjson.dumps(figures, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
 
 
-async def _measure(pools: Path, preferences: Path, pool: str, encoder_name: str, seed: int) -> Mapping[str, object]:
+async def _measure(
+    pools: Path, preferences: Path, pool: str, encoder_name: str, questions: int, seed: int
+) -> Mapping[str, object]:
     folder, encoder, cache = pools / pool, make_encoder(encoder_name, 1), cache_dir() / "embeddings"
-    fitting = time.perf_counter()
-    fitted = await fit_contestants(folder, preferences, encoder, cache, seed)
-    print(f"fitted on {len(fitted.train.pairs_K2)} pairs in {time.perf_counter() - fitting:.0f} s\n", flush=True)
     records = read_records(folder)
     panels = _panels(records, pools.parent / "subsets.json", seed)
-    drawn = [d for _, own in panels for d in own]
-    answers, questions = read_answers(folder, records, drawn), read_questions(folder)
-    samples = {name: pool_samples(records, questions, answers, own, attacked=0, seed=seed) for name, own in panels}
-    for path in preference_files(preferences):
-        name = path.name.removesuffix(".jsonl.gz")
-        samples[name] = preference_samples(
-            read_preferences(path), name, "test", attacked=0, seed=seed, split_seed=SPLIT_SEED
-        )
+    rows = np.random.default_rng(seed).permutation(records.rows("train"))[:questions]
+    drawn = draw_panels(records, rows, sizes=SIZES, seed=seed)
+    answers = read_answers(folder, records, [*drawn, *(d for _, own in panels for d in own)])
+    asked, train = read_questions(folder), _preferences(preferences, "train", seed)
+    graded = pool_samples(records, asked, answers, drawn, attacked=ATTACKED, seed=seed)
+    fitted = await fit_contestants([*graded, *(s for own in train.values() for s in own)], encoder, cache, seed)
+    print(f"fitted on {len(fitted.train.inputs)} answers, {len(fitted.train.pairs_K2)} pairs\n", flush=True)
+    samples = {name: pool_samples(records, asked, answers, own, attacked=0, seed=seed) for name, own in panels}
     tested = {}
-    for name, own in samples.items():
-        corpus = await make_corpus(
-            own, encoder, cache, objectives=fitted.train.objectives, scaling=fitted.train.scaling
-        )
-        tested[name] = Tested(name=name, samples=own, corpus=corpus)
+    for name, own in {**samples, **_preferences(preferences, "test", seed)}.items():
+        objectives, scaling = fitted.train.objectives, fitted.train.scaling
+        corpus = await make_corpus(own, encoder, cache, objectives=objectives, scaling=scaling)
+        tested[name] = HeldOut(name=name, samples=own, corpus=corpus)
     best_of = {name: t for name, t in tested.items() if name.startswith("best of ")}
     paired = {name: t for name, t in tested.items() if name not in best_of}
     figures: dict[str, object] = {"pairs": _pair_table(paired, fitted.contestants, seed)}
@@ -104,6 +103,17 @@ async def _measure(pools: Path, preferences: Path, pool: str, encoder_name: str,
     figures["attacks"] = await attack_rates(paired, fitted, encoder, cache, seed)
     figures["ms_per_answer"] = _speed(paired[records.name], fitted.contestants)
     return figures
+
+
+def _preferences(folder: Path, split: str, seed: int) -> dict[str, list[Sample]]:
+    attacked = ATTACKED if split == "train" else 0.0
+    found = {}
+    for path in preference_files(folder):
+        name = path.name.removesuffix(".jsonl.gz")
+        found[name] = preference_samples(
+            read_preferences(path), name, split, attacked=attacked, seed=seed, split_seed=SPLIT_SEED
+        )
+    return found
 
 
 def _panels(records: Records, subsets: Path, seed: int) -> list[tuple[str, list[Drawn]]]:
@@ -122,7 +132,7 @@ def _panels(records: Records, subsets: Path, seed: int) -> list[tuple[str, list[
 
 
 def _pair_table(
-    tested: Mapping[str, Tested], contestants: Sequence[Contestant], seed: int
+    tested: Mapping[str, HeldOut], contestants: Sequence[Contestant], seed: int
 ) -> Mapping[str, Mapping[str, object]]:
     """By source, and "mean": sources count the same in it. Differences are paired, to the ArmoRM gate."""
     rights = {c.name: {n: t.accuracy(c.score(t.corpus.inputs)) for n, t in tested.items()} for c in contestants}
@@ -156,7 +166,7 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.value:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
 
 
-def _best_of(tested: Tested, contestants: Sequence[Contestant], seed: int) -> Mapping[str, object]:
+def _best_of(tested: HeldOut, contestants: Sequence[Contestant], seed: int) -> Mapping[str, object]:
     prompt_N = tested.corpus.inputs.prompt_N
     starts = np.flatnonzero(np.diff(prompt_N, prepend=-1))
     graded_N = np.array([labels["correct"] for sample in tested.samples for labels in sample.labels])
@@ -174,7 +184,7 @@ def _best_of(tested: Tested, contestants: Sequence[Contestant], seed: int) -> Ma
     return {name: {"value": float(s.mean()), "ci95": boot.mean(s).ci95} for name, s in rows.items()}
 
 
-def _vote(tested: Tested) -> Array:
+def _vote(tested: HeldOut) -> Array:
     """Plain majority of what the answers settle on; ties and nothing readable go to the better expert on train."""
     picked = []
     for sample in tested.samples:
@@ -184,7 +194,7 @@ def _vote(tested: Tested) -> Array:
     return np.array(picked)
 
 
-def _speed(tested: Tested, contestants: Sequence[Contestant], panels: int = 200) -> Mapping[str, float]:
+def _speed(tested: HeldOut, contestants: Sequence[Contestant], panels: int = 200) -> Mapping[str, float]:
     """From embeddings that are known, surface features included: the least of five runs over panels, one at a time."""
     from orchestrator.aggregators.reward_moe.inputs import raw_features
 

@@ -34,12 +34,12 @@ class GateSettings:
     ``debias_in_training`` False trains the gate on raw rewards, as the released trainer does, and applies T afterwards.
     """
 
-    hidden: tuple[int, ...] = (128, 128)
-    dropout: float = 0.2
+    hidden: tuple[int, ...] = (64,)
+    dropout: float = 0.3
     tau: float = 1.0
     released_softmax: bool = False
     debias_in_training: bool = True
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=800, lr=1e-3, weight_decay=0.01))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=300, lr=2e-3, weight_decay=0.1, check_every=25))
 
 
 def fit_rewards(corpus: Corpus, *, seed: int) -> ArmoRM:

@@ -84,17 +84,8 @@ async def make_corpus(
     )
 
 
-_FEWEST = 300
-"""Labels that an objective of one task needs to be an objective of its own."""
-
-
 def _objectives(samples: Sequence[Sample]) -> tuple[str, ...]:
-    counts: dict[str, int] = {}
-    for sample in samples:
-        for labels in sample.labels:
-            for name in labels:
-                counts[name] = counts.get(name, 0) + 1
-    return tuple(sorted(name for name, count in counts.items() if count >= _FEWEST or ":" not in name))
+    return tuple(sorted({name for sample in samples for labels in sample.labels for name in labels}))
 
 
 def _labels(samples: Sequence[Sample], names: Sequence[str]) -> Array:

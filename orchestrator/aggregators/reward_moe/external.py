@@ -15,6 +15,7 @@ from experts.errors import ConfigError
 EXTERNAL: Mapping[str, str] = {
     "http": "experts.reward_http:HttpReward",
     "vllm": "experts.reward_vllm:VllmReward",
+    "likelihood": "experts.reward_vllm:VllmLikelihood",
 }
 _KEYS = {"version", "kind", "model", "options"}
 

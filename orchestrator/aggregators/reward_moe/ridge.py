@@ -31,33 +31,50 @@ def fit_heads(features_ND: Array, labels_NO: Array, group_N: Array, *, seed: int
     """
     groups = np.unique(group_N)
     held_N = np.isin(group_N, np.random.default_rng(seed).permutation(groups)[: max(len(groups) // 5, 1)])
-    found = [_fit_head(features_ND, labels_NO[:, o], held_N, o) for o in range(labels_NO.shape[1])]
+    known: dict[bytes, _Ridge] = {}
+    found = []
+    for objective in range(labels_NO.shape[1]):
+        label_N = labels_NO[:, objective]
+        known_N = ~np.isnan(label_N)
+        if not known_N.any():
+            raise ConfigError(f"Objective {objective} has no label at all; leave it out.")
+        key = np.packbits(known_N).tobytes()
+        if key not in known:
+            known[key] = _Ridge(features_ND, known_N, held_N)
+        found.append(known[key].best(label_N))
     weights, alphas, errors = zip(*found, strict=True)
     return Heads(weight_OD=np.stack(weights), alphas=alphas, mse=errors)
 
 
-def _fit_head(features_ND: Array, label_N: Array, held_N: Array, objective: int) -> tuple[Array, float, float]:
-    known_N = ~np.isnan(label_N)
-    if not known_N.any():
-        raise ConfigError(f"Objective {objective} has no label at all; leave it out.")
-    train_N, check_N = known_N & ~held_N, known_N & held_N
-    if not check_N.any() or not train_N.any():
-        train_N = check_N = known_N
-    solve = _Ridge(features_ND[train_N], label_N[train_N])
-    check_ND, wanted = features_ND[check_N].astype(np.float64), label_N[check_N]
-    errors = [float(np.mean((check_ND @ solve.weight(alpha) - wanted) ** 2)) for alpha in ALPHAS]
-    best = int(np.argmin(errors))
-    return solve.weight(ALPHAS[best]).astype(np.float32), ALPHAS[best], errors[best]
-
-
 class _Ridge:
-    """One eigendecomposition serves every alpha."""
+    """One eigendecomposition serves every alpha, and every objective with labels on the same rows."""
 
-    def __init__(self, features_ND: Array, label_N: Array) -> None:
-        gram_DD = (features_ND.T @ features_ND).astype(np.float64)
-        self._values, self._vectors = np.linalg.eigh(gram_DD)
-        self._target = self._vectors.T @ (features_ND.T @ label_N).astype(np.float64)
+    def __init__(self, features_ND: Array, known_N: Array, held_N: Array) -> None:
+        self._train_N, self._check_N = known_N & ~held_N, known_N & held_N
+        if not self._train_N.any() or not self._check_N.any():
+            self._train_N = self._check_N = known_N
+        self._known_N = known_N
+        self._train_ND, self._check_ND = features_ND[self._train_N], features_ND[self._check_N]
+        self._known_ND = features_ND[known_N]
+        self._trained, self._whole = _decompose(self._train_ND), _decompose(self._known_ND)
 
-    def weight(self, alpha: float) -> Array:
-        found: Array = self._vectors @ (self._target / (np.maximum(self._values, 0) + alpha))
-        return found
+    def best(self, label_N: Array) -> tuple[Array, float, float]:
+        """The weights of the best alpha, fitted again on all rows; that alpha, and its error on the held-out rows."""
+        target_D = self._train_ND.T @ label_N[self._train_N]
+        weights = [_solve(self._trained, target_D, alpha) for alpha in ALPHAS]
+        guesses = self._check_ND @ np.stack(weights, axis=1).astype(np.float32)
+        errors = ((guesses - label_N[self._check_N, None]) ** 2).mean(axis=0)
+        place = int(np.argmin(errors))
+        whole_D = _solve(self._whole, self._known_ND.T @ label_N[self._known_N], ALPHAS[place])
+        return whole_D.astype(np.float32), ALPHAS[place], float(errors[place])
+
+
+def _decompose(features_ND: Array) -> tuple[Array, Array]:
+    values, vectors = np.linalg.eigh((features_ND.T @ features_ND).astype(np.float64))
+    return values, vectors
+
+
+def _solve(decomposed: tuple[Array, Array], target_D: Array, alpha: float) -> Array:
+    values, vectors = decomposed
+    found: Array = vectors @ ((vectors.T @ target_D.astype(np.float64)) / (np.maximum(values, 0) + alpha))
+    return found

@@ -16,12 +16,14 @@ import numpy as np
 from experts.errors import ConfigError
 from experts.pools import RecordedAnswer, RecordedPool, read_rows
 from orchestrator.aggregators.reward_moe import attacks
+from orchestrator.aggregators.reward_moe.features import read_choice
 from orchestrator.aggregators.reward_moe.inputs import Panel, make_panel
 from routers.records import Array, Records
 
 Labels = Mapping[str, float]
 
-ANSWERED, VERBOSITY = "readable", "verbosity"
+ANSWERED, VERBOSITY, GENUINE = "readable", "verbosity", "genuine"
+"""GENUINE is 1 for answers and 0 for attacks, whatever the source: what one source teaches of them helps the others."""
 _MAX_PAIRS = 4
 _ATTACK_PAIRS = 2
 """Of one sample: else half of all pairs would teach nothing but what an attack looks like."""
@@ -135,19 +137,20 @@ def _graded(
     labels: list[Labels] = [
         {
             "correct": float(score),
-            f"correct:{task}": float(score),
             "agreement": _share(records, drawn.question, expert),
             ANSWERED: float(answer.answer is not None),
             VERBOSITY: _verbosity(answer.text or ""),
+            GENUINE: 1.0,
         }
         for expert, answer, score in zip(drawn.experts, found, scores, strict=True)
     ]
     pairs = _pairs(scores, rng)
     texts, choices = [answer.text or "" for answer in found], [answer.answer for answer in found]
     if attacked:
-        text, own = _attack(question, rng)
-        texts, choices = [*texts, text], [*choices, None]
-        labels.append({**dict.fromkeys(labels[0], 0.0), VERBOSITY: _verbosity(own)})
+        # As the service would see it: its options are in what is copied, and a choice is read out of it if it can be.
+        text = _attack(written(question, options), rng)
+        texts, choices = [*texts, text], [*choices, read_choice(text, options)]
+        labels.append({**dict.fromkeys(labels[0], 0.0), VERBOSITY: _verbosity(text)})
         winners = rng.permutation(len(found))[:_ATTACK_PAIRS]
         pairs += [(int(winner), len(found)) for winner in winners]
     return Sample(
@@ -160,10 +163,9 @@ def _graded(
     )
 
 
-def _attack(question: str, rng: np.random.Generator) -> tuple[str, str]:
+def _attack(question: str, rng: np.random.Generator) -> str:
     kind = attacks.KINDS[int(rng.integers(len(attacks.KINDS)))]
-    text = attacks.attack(kind, question, attacks.TRAIN, rng)
-    return text, text
+    return attacks.attack(kind, question, attacks.TRAIN, rng)
 
 
 def _share(records: Records, question: int, expert: int) -> float:
@@ -218,15 +220,17 @@ def preference_samples(
 def _compared(row: Mapping[str, Any], name: str, rng: np.random.Generator, *, attacked: bool) -> Sample:
     texts = [row["response_a"], row["response_b"]]
     won = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}[row["label"]]
-    labels: list[Labels] = [{f"preferred:{name}": w, VERBOSITY: _verbosity(t)} for w, t in zip(won, texts, strict=True)]
+    labels: list[Labels] = [
+        {f"preferred:{name}": w, VERBOSITY: _verbosity(t), GENUINE: 1.0} for w, t in zip(won, texts, strict=True)
+    ]
     pairs = [] if row["label"] == "tie" else [(0, 1) if row["label"] == "a" else (1, 0)]
     if attacked:
-        text, _ = _attack(row["prompt"], rng)
+        text = _attack(row["prompt"], rng)
         texts.append(text)
-        labels.append({f"preferred:{name}": 0.0, VERBOSITY: _verbosity(text)})
+        labels.append({f"preferred:{name}": 0.0, VERBOSITY: _verbosity(text), GENUINE: 0.0})
         pairs += [(0, 2), (1, 2)]
     return Sample(
-        panel=make_panel(row["prompt"], (), texts, [None] * len(texts)),
+        panel=make_panel(row["prompt"], (), texts),
         source=name,
         category=name,
         labels=tuple(labels),
