@@ -2,10 +2,12 @@
 
 import typer
 
+from evals.routing.cascade_command import cascade
 from evals.routing.command import routing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(routing)
+app.command()(cascade)
 
 
 # Without a callback typer would drop the word 'routing' while it is the only evaluation.

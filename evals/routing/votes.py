@@ -71,12 +71,12 @@ async def _answer(question: int, ranked: Array, predicted: Array, setting: Setti
     request = Request(
         request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": setting.seed}
     )
-    completions = [_completion(question, int(e), setting) for e in ranked]
+    completions = [recorded_completion(question, int(e), setting) for e in ranked]
     winner = await aggregator.aggregate(request, decision, completions)
     return float(records.scores_QE[question, ids.index(winner.expert_id)])
 
 
-def _completion(question: int, expert: int, setting: Setting) -> Completion:
+def recorded_completion(question: int, expert: int, setting: Setting) -> Completion:
     records = setting.records
     code = int(records.answers_QE[question, expert])
     return Completion(
