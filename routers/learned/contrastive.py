@@ -121,4 +121,5 @@ def _clusters(inputs: Array, seed: int) -> Array:
     from sklearn.cluster import KMeans
 
     count = min(CLUSTERS, max(1, len(inputs) // 8))
-    return KMeans(count, n_init=1, random_state=seed).fit(inputs).labels_.astype(np.int64)
+    labels: Array = KMeans(count, n_init=1, random_state=seed).fit(inputs).labels_.astype(np.int64)
+    return labels
