@@ -5,12 +5,14 @@ import typer
 
 from evals.aggregate.command import aggregators
 from evals.generation.command import run
+from evals.routing.cascade_command import cascade
 from evals.routing.command import routing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(routing)
 app.command()(run)
 app.command()(aggregators)
+app.command()(cascade)
 
 
 @app.callback()

@@ -109,7 +109,8 @@ def _distinct(candidates_CX: Array, offered_C: Array) -> list[int]:
 def _features(steps: Steps) -> Array:
     taken_NX = steps.candidates_NCX[np.arange(len(steps.chosen_N)), steps.chosen_N]
     products = np.einsum("nw,nx->nwx", one_more(steps.context_NW), one_more(taken_NX))
-    return products.reshape(len(products), -1)
+    features: Array = products.reshape(len(products), -1)
+    return features
 
 
 def _ridge(steps: Steps, strength: float) -> Solve:

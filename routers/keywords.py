@@ -98,13 +98,14 @@ class Tagger:
 
     def tag(self, questions: Questions, *, most: int, floor: float) -> Array:
         """Q x K counts: the ``most`` nearest keywords that are no further than ``floor``, and the task where it is told
-        and known (in place of the furthest of them)."""
+        and known (in place of the furthest of them). Of a small vocabulary a third at most: what most questions have
+        tells nothing."""
         cosines = _unit(questions.vectors_QW - self.mean_W) @ self.places_KW.T
         columns = {name: k for k, name in enumerate(self.names)}
         told = [(q, columns[t]) for q, t in enumerate(questions.tasks) if t in columns]
         for q, k in told:
             cosines[q, k] = 2.0
-        most = min(most, len(self.names))
+        most = min(most, max(1, len(self.names) // 3))
         nearest = np.argpartition(-cosines, most - 1, axis=1)[:, :most]
         tags = np.zeros(cosines.shape, np.float32)
         np.put_along_axis(tags, nearest, np.take_along_axis(cosines, nearest, axis=1) >= floor, axis=1)

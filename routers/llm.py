@@ -100,7 +100,8 @@ class Llm:
 
     async def _ask(self, request: Request, prompt: str, ids: Sequence[str]) -> dict[str, float] | None:
         labels = LABELS[: len(ids)]
-        messages = (Message(role="system", content=_SYSTEM), Message(role="user", content=prompt))
+        first = (Message(role="system", content=_SYSTEM), Message(role="user", content=prompt))
+        messages: tuple[Message, ...] = first
         for seed in range(2):
             asked = Request(
                 messages=messages,
@@ -114,7 +115,7 @@ class Llm:
             answer = await collect(self._expert.generate(asked), asked)
             if (label := read_choice(answer.text, labels)) is not None:
                 return _scores(label, choice_probabilities(answer, label, labels), ids)
-            messages = (*messages[:2], Message(role="user", content=_AGAIN + ", ".join(labels)))
+            messages = (*first, Message(role="user", content=_AGAIN + ", ".join(labels)))
         return None
 
     def _prompt(self, request: Request, pool: Sequence[ExpertSpec]) -> str:

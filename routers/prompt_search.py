@@ -87,7 +87,7 @@ def queries_of(distances_VK: Array, k: int, budget: int = BUDGET) -> list[int]:
 async def _propose(
     demos: Sequence[Pair], regions: Sequence[Region], propose: Propose, rng: np.random.Generator
 ) -> list[str]:
-    tasks = []
+    tasks: list[Awaitable[str]] = []
     for region in regions:
         pool = outside(region, regions)
         for _ in range(PROPOSALS // len(regions)):

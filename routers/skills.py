@@ -71,8 +71,16 @@ class Skills:
         if (temperature is not None and not temperature > 0) or (most is not None and most < 1):
             raise ConfigError("router 'skills': 'temperature' is above 0 and 'most' at least 1.")
         self._fitted, model = _load(parts)
-        changed = {"score": score, "competence": competence, "temperature": temperature, "most": most, "floor": floor}
-        self._model = replace(model, rule=replace(model.rule, **{k: v for k, v in changed.items() if v is not None}))
+        rule = model.rule
+        rule = replace(
+            rule,
+            score=rule.score if score is None else score,
+            competence=rule.competence if competence is None else competence,
+            temperature=rule.temperature if temperature is None else temperature,
+            most=rule.most if most is None else most,
+            floor=rule.floor if floor is None else floor,
+        )
+        self._model = replace(model, rule=rule)
         self._encoder = parts.encoder()
         check_encoder(self._fitted, self._encoder.name, self._encoder.width)
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})

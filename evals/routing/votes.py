@@ -78,14 +78,14 @@ async def _answer(
     )
     completions: list[Completion] = []
     for place, expert in enumerate(ranked, 1):
-        completions.append(_completion(question, int(expert), setting))
+        completions.append(recorded_completion(question, int(expert), setting))
         if await aggregator.settled(request, decision, completions, [ids[int(e)] for e in ranked[place:]]):
             break
     winner = await aggregator.aggregate(request, decision, completions)
     return float(records.scores_QE[question, ids.index(winner.expert_id)]), len(completions)
 
 
-def _completion(question: int, expert: int, setting: Setting) -> Completion:
+def recorded_completion(question: int, expert: int, setting: Setting) -> Completion:
     records = setting.records
     code = int(records.answers_QE[question, expert])
     return Completion(

@@ -18,6 +18,7 @@ from orchestrator.aggregators.base import AggregatorParts
 from orchestrator.aggregators.extract import make_extract, read_request, settle_percents
 from routers.base import RouteDecision
 from routers.choices import choice_format, choice_probabilities, read_choice
+from routers.learned.cascade import BEHIND
 
 SIGNALS = ("agreement", "logprobs", "verifier")
 _READ_CHARS = 4_000
@@ -71,8 +72,8 @@ class Cascade:
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
-        if not completions or not pending:
-            return not pending
+        if not completions or not _worth_asking(decision, pending):
+            return bool(completions) or not pending
         answers = _in_order(decision, completions)
         if self._signal == "agreement":
             counts = Counter(e for e in self._extracted(request, answers) if e is not None)
@@ -155,6 +156,14 @@ def _in_order(decision: RouteDecision, completions: Sequence[Completion]) -> lis
     """As they were to be asked."""
     ranks = {expert_id: rank for rank, expert_id in enumerate(decision.ranked())}
     return sorted(completions, key=lambda c: (ranks.get(c.expert_id, len(ranks)), c.expert_id, c.index))
+
+
+def _worth_asking(decision: RouteDecision, pending: Sequence[str]) -> list[str]:
+    """Where the router 'cascade' gave the order, the stages it skipped are spares: nothing is gained by a cheaper
+    answer after a dearer one."""
+    if decision.router != "cascade":
+        return list(pending)
+    return [e for e in pending if decision.scores.get(e, 0.0) > BEHIND]
 
 
 def _known(expert_id: str, parts: AggregatorParts) -> Expert:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.commands.keywords import keywords, keywords_for, read_keywords
 from orchestrator.commands.prompts import prompts
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ Example: collegium router fit linear --pool pools/mmlu-pro --out artefacts/linea
 
 app = typer.Typer(no_args_is_help=True, help=_HELP, add_completion=False)
 app.command()(prompts)
+app.command()(keywords)
 
 
 @app.command()
@@ -31,6 +33,9 @@ def fit(
     encoder: Annotated[str, typer.Option(help="Encoder: its name or a folder; the service must use the same.")] = (
         "all-minilm-l6-v2"
     ),
+    keywords_file: Annotated[
+        Path | None, typer.Option("--keywords", help="For skills: keywords of the questions, by an expert.")
+    ] = None,
 ) -> None:
     """Fit a router on a pool's train split.
 
@@ -40,10 +45,12 @@ def fit(
     from routers.learned import artefact
 
     artefact.model_class(name)
+    if keywords_file is not None and name != "skills":
+        raise typer.BadParameter("only 'skills' reads keywords.", param_hint="--keywords")
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     with waiting(console, f"fitting '{name}'"):
-        fitted = asyncio.run(_fit(name, pool, chosen, train, seed, encoder))
+        fitted = asyncio.run(_fit(name, pool, chosen, train, seed, encoder, keywords_file))
     artefact.save(fitted, out)
     console.print(
         f"'{name}' was fitted on {fitted.questions} questions and {len(fitted.expert_ids)} experts. In the config:\n"
@@ -52,15 +59,27 @@ def fit(
     )
 
 
-async def _fit(name: str, pool: Path, experts: list[str] | None, train: str, seed: int, encoder_name: str) -> "Fitted":
+async def _fit(
+    name: str,
+    pool: Path,
+    experts: list[str] | None,
+    train: str,
+    seed: int,
+    encoder_name: str,
+    keywords_file: Path | None,
+) -> "Fitted":
     from experts.models import cache_dir
     from orchestrator.build import make_encoder
     from routers.learned.fitting import fit_router
     from routers.records import read_records
 
     records = read_records(pool, experts)
+    named = None
+    if keywords_file is not None:
+        asked = [records.question_ids[int(r)] for r in records.rows(train)]
+        named = keywords_for(asked, read_keywords(keywords_file), keywords_file)
     encoder = make_encoder(encoder_name, 1)
-    return await fit_router(name, records, encoder, cache_dir() / "embeddings", split=train, seed=seed)
+    return await fit_router(name, records, encoder, cache_dir() / "embeddings", split=train, seed=seed, keywords=named)
 
 
 @app.command()

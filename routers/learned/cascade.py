@@ -21,7 +21,7 @@ from routers.records import Array
 STAGES = 4
 SPEND = 0.5
 _STRENGTH = 3000.0
-_BEHIND, _OUTSIDE = 0.4, 0.2
+BEHIND, _OUTSIDE = 0.4, 0.2
 """Scores of skipped stages, and of experts that are no stage, lie below these: they are spares."""
 
 
@@ -62,7 +62,7 @@ class Cascade:
         price = price_for(self.spend, self.prices_B, self.spends_B)
         first = (expected[:, self.stages_S] - price * self.costs_E[self.stages_S]).argmax(axis=1)
         steps = np.arange(len(self.stages_S)) - first[:, None]
-        order = np.where(steps >= 0, 1 - steps / (2 * len(self.stages_S)), _BEHIND + 0.1 * steps / len(self.stages_S))
+        order = np.where(steps >= 0, 1 - steps / (2 * len(self.stages_S)), BEHIND + 0.1 * steps / len(self.stages_S))
         scores = np.clip(expected, 0, 1) * _OUTSIDE
         scores[:, self.stages_S] = order
         return scores

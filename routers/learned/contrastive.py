@@ -20,23 +20,24 @@ if TYPE_CHECKING:
 
 RANK, CLUSTERS = 32, 8
 _EPOCHS, _PATIENCE, _BATCH, _OTHERS = 30, 4, 256, 8
-_TEMPERATURE, _SAMPLE_WEIGHT = 0.5, 1.0
+_TEMPERATURE, _SAMPLE_WEIGHT, _DECAY = 0.2, 0.2, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrastive:
     design: Design
     tower_DR: Array
+    bias_R: Array
     experts_RE: Array
 
     @classmethod
     def fit(cls, training: Training) -> Self:
         design = Design.fit(training.questions)
-        tower, experts = _train(design.features(training.questions), training.scores_QE, training.seed)
-        return cls(design=design, tower_DR=tower, experts_RE=experts)
+        tower, bias, experts = _train(design.features(training.questions), training.scores_QE, training.seed)
+        return cls(design=design, tower_DR=tower, bias_R=bias, experts_RE=experts)
 
     def predict(self, questions: Questions) -> Array:
-        placed = self.design.features(questions) @ self.tower_DR
+        placed = self.design.features(questions) @ self.tower_DR + self.bias_R
         placed = placed / np.maximum(np.linalg.norm(placed, axis=1, keepdims=True), 1e-9)
         logits = placed @ self.experts_RE / _TEMPERATURE
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -44,8 +45,10 @@ class Contrastive:
         return shares
 
 
-def _train(inputs: Array, scores: Array, seed: int) -> tuple[Array, Array]:
-    """The tower, and the experts at unit length. A tenth of the questions says when to stop."""
+def _train(inputs: Array, scores: Array, seed: int) -> tuple[Array, Array, Array]:
+    """The tower with its bias, and the experts at unit length. The bias is what all questions share: features are
+    centred, and without it no expert could be better than others on average. A tenth of the questions says when
+    to stop."""
     import torch
     from torch.nn.functional import normalize
 
@@ -55,9 +58,10 @@ def _train(inputs: Array, scores: Array, seed: int) -> tuple[Array, Array]:
     generator = torch.Generator().manual_seed(seed)
     weights = [
         (torch.randn(inputs.shape[1], RANK, generator=generator) / inputs.shape[1] ** 0.5).requires_grad_(),
+        (torch.randn(RANK, generator=generator) / RANK**0.5).requires_grad_(),
         (torch.randn(RANK, scores.shape[1], generator=generator) / RANK**0.5).requires_grad_(),
     ]
-    optimiser = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.05)
+    optimiser = torch.optim.AdamW(weights, lr=3e-3, weight_decay=_DECAY)
     best, best_score, waited = [w.detach().clone() for w in weights], -1.0, 0
     for _ in range(_EPOCHS):
         for rows in torch.split(kept[torch.randperm(len(kept), generator=generator)], _BATCH):
@@ -65,14 +69,16 @@ def _train(inputs: Array, scores: Array, seed: int) -> tuple[Array, Array]:
             _loss(weights, x_QD[rows], y_QE[rows], cluster_Q[rows], generator).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         with torch.no_grad():
-            chosen = (normalize(x_QD[held] @ weights[0], dim=1) @ normalize(weights[1], dim=0)).argmax(dim=1)
+            chosen = (normalize(x_QD[held] @ weights[0] + weights[1], dim=1) @ normalize(weights[2], dim=0)).argmax(
+                dim=1
+            )
             score = float(y_QE[held, chosen].mean())
         waited = 0 if score > best_score else waited + 1
         if score > best_score:
             best, best_score = [w.detach().clone() for w in weights], score
         if waited == _PATIENCE:
             break
-    return best[0].numpy(), normalize(best[1], dim=0).numpy()
+    return best[0].numpy(), best[1].numpy(), normalize(best[2], dim=0).numpy()
 
 
 def _loss(
@@ -80,8 +86,8 @@ def _loss(
 ) -> "Tensor":
     from torch.nn.functional import normalize
 
-    placed_QR = normalize(x_QD @ weights[0], dim=1)
-    logits_QE = placed_QR @ normalize(weights[1], dim=0) / _TEMPERATURE
+    placed_QR = normalize(x_QD @ weights[0] + weights[1], dim=1)
+    logits_QE = placed_QR @ normalize(weights[2], dim=0) / _TEMPERATURE
     return _between_experts(logits_QE, y_QE) + _SAMPLE_WEIGHT * _between_questions(placed_QR, cluster_Q, generator)
 
 
@@ -115,4 +121,5 @@ def _clusters(inputs: Array, seed: int) -> Array:
     from sklearn.cluster import KMeans
 
     count = min(CLUSTERS, max(1, len(inputs) // 8))
-    return KMeans(count, n_init=1, random_state=seed).fit(inputs).labels_.astype(np.int64)
+    labels: Array = KMeans(count, n_init=1, random_state=seed).fit(inputs).labels_.astype(np.int64)
+    return labels

@@ -1,5 +1,6 @@
 """From a recorded pool to a fitted router, and a fitted router in words."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,23 @@ from routers.costs import costs
 from routers.encoders import Encoder
 from routers.learned.artefact import Fitted, model_class
 from routers.learned.base import Training
+from routers.learned.skills import Rule, Skills
 from routers.questions import Questions, embed
 from routers.records import Records
 
 
-async def fit_router(name: str, records: Records, encoder: Encoder, cache: Path, *, split: str, seed: int) -> Fitted:
-    """Learns from ``split`` only. Raises ConfigError."""
+async def fit_router(
+    name: str,
+    records: Records,
+    encoder: Encoder,
+    cache: Path,
+    *,
+    split: str,
+    seed: int,
+    keywords: Sequence[Sequence[str]] | None = None,
+) -> Fitted:
+    """Learns from ``split`` only. ``keywords`` of its questions are for 'skills', in place of mined ones. Raises
+    ConfigError."""
     rows, model = records.rows(split), model_class(name)
     # Embedded whole: an evaluation of the same pool then finds them in the cache.
     vectors = await embed(encoder, records.texts, cache)
@@ -27,7 +39,7 @@ async def fit_router(name: str, records: Records, encoder: Encoder, cache: Path,
     )
     return Fitted(
         name=name,
-        model=model.fit(training),
+        model=model.fit(training) if keywords is None else Skills.from_keywords(training, keywords, Rule()),
         expert_ids=records.expert_ids,
         pool=records.name,
         pool_digest=records.digest,

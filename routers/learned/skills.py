@@ -27,7 +27,7 @@ class Rule:
     competence: str = "none"
     temperature: float = 0.5
     most: int = 5
-    floor: float = 0.1
+    floor: float = -1.0
 
 
 RELEASED = Rule(score="signed", competence="power", temperature=0.5, most=3)

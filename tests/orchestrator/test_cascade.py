@@ -1,6 +1,7 @@
 """The aggregator 'cascade': when it stops, and which answer it gives."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -119,3 +120,19 @@ async def test_a_verifier_that_fails_verifies_nothing():
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         made(**options)
+
+
+async def test_stages_that_the_router_skipped_are_not_asked_after_a_dearer_one():
+    _, cascade = made(extract="number")
+    begun_dear = RouteDecision(
+        expert_ids=("dear", "cheap"),
+        weights=(0.7, 0.3),
+        scores={"dear": 1.0, "cheap": 0.3},
+        reason="",
+        router="cascade",
+    )
+    first = [answer("dear", "5")]
+    assert await cascade.settled(ASKED, begun_dear, first, ["cheap"])
+    assert not await cascade.settled(ASKED, begun_dear, [], ["cheap"])
+    elsewhere = replace(begun_dear, router="knn")
+    assert not await cascade.settled(ASKED, elsewhere, first, ["cheap"])

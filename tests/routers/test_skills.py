@@ -11,11 +11,12 @@ from experts.errors import ConfigError
 from experts.fake import FakeEngine
 from experts.types import EngineSpec, ExpertSpec, Message, Request
 from orchestrator.cli import app
+from orchestrator.commands.keywords import read_keywords
 from routers.base import RouterParts
 from routers.learned import artefact
 from routers.learned.artefact import Fitted
 from routers.learned.base import Training
-from routers.learned.skills import RELEASED, Rule
+from routers.learned.skills import RELEASED
 from routers.learned.skills import Skills as Model
 from routers.profiles import Profiles
 from routers.questions import Questions
@@ -272,5 +273,33 @@ def test_fit_show_and_the_heat_map(make_pool, tmp_path, monkeypatch):
     assert (out / "profiles.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rules_are_ordinary_data():
-    assert Rule(score="signed") != Rule()
+CONFIG = """
+engines: {e: {backend: fake, options: {text: "Keywords: civil law, contracts"}}}
+experts: {x: {engine: e}}
+policies: {default: {}}
+"""
+
+
+def test_an_expert_names_the_keywords_of_a_pool_and_a_profile_is_made_of_them(make_pool, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "collegium.yaml").write_text(CONFIG)
+    pool = str(make_pool(questions=80))
+    ask_ = ["router", "keywords", "--pool", pool, "--expert", "x", "--out", "k.jsonl"]
+    fit = ["router", "fit", "skills", "--pool", pool, "--out", "s", "--encoder", "wordllama", "--keywords", "k.jsonl"]
+    assert CliRunner().invoke(app, [*ask_, "--limit", "10"]).exit_code == 0
+    refused = CliRunner().invoke(app, fit)
+    assert refused.exit_code == 1
+    assert "no keywords for 30 of 40 questions" in refused.output
+    assert CliRunner().invoke(app, ask_).exit_code == 0
+    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 40, "nobody is asked about twice"
+    assert CliRunner().invoke(app, fit).exit_code == 0
+    head = json.loads((tmp_path / "s" / "router.json").read_text())
+    assert head["model"]["profiles.seen"] == {"civil law": 40, "contracts": 40}
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": "q1"}', '{"id": "q1", "keywords": "law"}', "[]"])
+def test_a_bad_row_of_keywords_is_named(line, tmp_path):
+    (tmp_path / "k.jsonl").write_text('{"id": "q0", "keywords": []}\n' + line)
+    with pytest.raises(ConfigError, match=r"k\.jsonl, row 2"):
+        read_keywords(tmp_path / "k.jsonl")

@@ -48,6 +48,7 @@ OTHERS = {
     "mixture_of_tokens": "mixture_of_tokens:MixtureOfTokens",
     "meo": "meo:MergedExperts",
     "shortcut": "shortcut:ShortcutLayer",
+    "task_level": "task_level:TaskLevelGate",
     "balance_loss": "losses:balance_loss",
     "z_loss": "losses:z_loss",
     "global_balance_loss": "losses:global_balance_loss",
