@@ -18,4 +18,5 @@ ROUTERS = {
     "threshold": "routers.learned.router:threshold",
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
+    "relay": "routers.learned.router:relay",
 }

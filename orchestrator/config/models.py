@@ -212,6 +212,7 @@ class Telemetry(Section):
 
 class Encoder(Section):
     model: str = "all-minilm-l6-v2"
+    runtime: Literal["auto", "ctranslate2", "torch", "onnx"] = "auto"
     cache: PositiveInt = 10_000
 
 
