@@ -94,7 +94,7 @@ def _of_tokens(count: Callable[[str], int], tokens: int) -> str:
 def measure_fits(folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every router on 10,000 questions x 26 experts: fit, artefact, one decision, and many from given embeddings."""
     training = world(*FIT)
-    one, many = training.questions.take(np.array([7])), training.questions.take(np.arange(5_000))
+    one, many = training.questions.take(np.array([7])), training.questions.take(np.arange(min(5_000, FIT[0])))
     rows = []
     for name in MODELS:
         tell(name)

@@ -77,7 +77,7 @@ def from_grades(predicted_QE: Array, scores_Q: Array, prior: Row | None = None) 
     level += float((scores_Q - predicted_QE @ mixture - level).sum() / (count + _LEVEL_PRIOR))
     centred = predicted_QE - predicted_QE.mean(axis=1, keepdims=True)
     left = scores_Q - predicted_QE @ mixture - level
-    gram = centred @ centred.T + _MIX_PRIOR * float((centred**2).mean()) * np.eye(count)
+    gram = centred @ centred.T + _MIX_PRIOR * max(float((centred**2).mean()), 1e-6) * np.eye(count)
     step = centred.T @ np.linalg.solve(gram, left)
     return Row(mixture_E=(mixture + step - step.mean()).astype(np.float32), level=level)
 
