@@ -6,7 +6,7 @@ Times are CPU milliseconds of one thread, which a busy machine lengthens less th
 import asyncio
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,6 @@ WIDTH = 384
 TASKS = 14
 FIT = (10_000, 26)
 LARGE = (100_000, 1_000)
-SLOW_TO_FIT = ("mlp",)
 LARGE_ROUTERS = ("knn", "linear", "task")
 GROWTH_EXPERTS, GROWTH_QUESTIONS = (10, 30, 100, 300, 1000), (1_000, 3_000, 10_000, 30_000, 100_000)
 TEXT = "A ball of mass two kilograms rolls down a slope of thirty degrees. " * 6
@@ -91,12 +90,12 @@ def _of_tokens(count: Callable[[str], int], tokens: int) -> str:
     return next(" ".join(words[:n]) for n in range(10, len(words)) if count(" ".join(words[:n])) >= tokens)
 
 
-def measure_fits(folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every router on 10,000 questions x 26 experts: fit, artefact, one decision, and many from given embeddings."""
+def measure_fits(names: Sequence[str], folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Each router on 10,000 questions x 26 experts: fit, artefact, one decision, and many from given embeddings."""
     training = world(*FIT)
     one, many = training.questions.take(np.array([7])), training.questions.take(np.arange(min(5_000, FIT[0])))
     rows = []
-    for name in MODELS:
+    for name in names:
         tell(name)
         started = time.process_time()
         model = model_class(name).fit(training)
@@ -182,13 +181,14 @@ def _fixed(name: str, training: Training) -> Model:
 
 
 def main(
+    router: Annotated[str, typer.Option(help="Routers whose fit is timed, comma-separated, or 'all'.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder for scale.json and scale.png.")] = Path("scale-report"),
 ) -> None:
     """Print and plot how the routers' cost grows, against the targets of docs/routers.md."""
     out.mkdir(parents=True, exist_ok=True)
     # The largest first: what is freed afterwards would count in its peak.
     found: dict[str, Any] = {"large": measure_large(print), "encoders": measure_encoders()}
-    found["fits"] = measure_fits(out / "artefacts", print)
+    found["fits"] = measure_fits(list(MODELS) if router == "all" else router.split(","), out / "artefacts", print)
     found["growth"] = measure_growth(print)
     (out / "scale.json").write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
     draw(found["growth"], out / "scale.png")

@@ -64,7 +64,7 @@ def test_scale_is_measured_and_plotted(tmp_path, monkeypatch):
         monkeypatch.setattr(scale, name, value)
     monkeypatch.setattr(scale, "MODELS", {"task": "routers.learned.task:Task"})
     monkeypatch.setattr(scale, "measure_encoders", lambda: [{"encoder": "none", "p50_ms": 0.0, "p99_ms": 0.0}])
-    scale.main(tmp_path)
+    scale.main(out=tmp_path)
     found = json.loads((tmp_path / "scale.json").read_text())
     assert found["fits"][0]["router"] == "task"
     assert 0 < found["fits"][0]["artefact_mb"] < 1
