@@ -59,6 +59,7 @@ bench: $(STAMP)
 # One thread: on a busy machine, small matrices are many times slower with more.
 bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.routing.suite
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.routing.scale --out routing-report/scale
 
 bench-kernels: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes

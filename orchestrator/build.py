@@ -74,7 +74,8 @@ def build_service(
     specs = [c.spec(e) for e, c in config.experts.items()]
     wrap = partial(_wrap, ledger=ledger, dispatcher=dispatcher, config=config)
     experts = {s.expert_id: wrap(s, engines[s.engine_id], breakers[s.engine_id]) for s in specs}
-    encoder = cache(partial(make_encoder, config.encoder.model, config.encoder.cache))
+    wanted = config.encoder
+    encoder = cache(partial(make_encoder, wanted.model, wanted.cache, wanted.runtime))
     return Service(
         config=config,
         engines=engines,
@@ -101,9 +102,14 @@ def make_router(config: RouterConfig, experts: Mapping[str, Expert], encoder: Ca
     return router
 
 
-def make_encoder(model: str, cache_size: int) -> Encoder:
-    """``model`` is its name or a folder. Loads nothing. Raises ConfigError when the model or its package is missing."""
-    return WordLlama() if model == WordLlama.NAME else MiniLM(model=model, cache_size=cache_size)
+def make_encoder(model: str, cache_size: int, runtime: str = "auto") -> Encoder:
+    """``model`` is its name or a folder; ``runtime`` as for MiniLM. Loads nothing.
+
+    Raises ConfigError when the model or its package is missing.
+    """
+    if model == WordLlama.NAME:
+        return WordLlama()
+    return MiniLM(model=model, cache_size=cache_size, runtime=runtime)
 
 
 def make_aggregator(

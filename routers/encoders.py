@@ -4,29 +4,26 @@ import asyncio
 import importlib.util
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from experts.errors import ConfigError
+from routers.runtimes import RUNTIMES, Runtime, Vector, choose
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-Vector = NDArray[np.float32]
+__all__ = ["Encoder", "MiniLM", "Vector"]
 
 
 class Encoder(Protocol):
-    """Embeddings of unit length, float32."""
+    """Embeddings of unit length, float32. ``name`` is the model's, ``runtime`` what runs it."""
 
     name: str
     width: int
+    runtime: str
 
     async def encode(self, texts: Sequence[str]) -> Vector:
         """``len(texts)`` x ``width``. Raises ConfigError when the model cannot be had."""
@@ -36,11 +33,12 @@ class Encoder(Protocol):
 
 
 class MiniLM:
-    """all-MiniLM-L6-v2 by sentence-transformers: 384 wide, on the CPU, offline.
+    """all-MiniLM-L6-v2: 384 wide, on the CPU, offline.
 
-    ``model`` is its name or a folder with a model of the same shape (a fine-tuned one, say). It is loaded by the first
-    text, in a thread of its own. Calls that come while the thread is busy are encoded together in the next batch, which
-    halves the time a question takes. A text counts up to its first 256 tokens (and ``READ_CHARS`` characters); the last
+    ``model`` is its name or a folder with a model of the same shape (a fine-tuned one, say). ``runtime`` (runtimes.py)
+    is 'auto' for the fastest that is installed; what was fitted with one may be used with another. It is loaded by the
+    first text, in a thread of its own. Calls that come while the thread is busy are encoded together in the next batch.
+    A text counts up to its first 256 tokens (and ``READ_CHARS`` characters); the last
     ``cache_size`` texts are remembered, 1.7 KB each. ``threads`` is for one batch: more than one is faster on an idle
     machine and many times slower beside a busy engine.
     """
@@ -49,15 +47,16 @@ class MiniLM:
     READ_CHARS = 2_000
     width = 384
 
-    def __init__(self, *, model: str = NAME, cache_size: int = 10_000, threads: int = 1) -> None:
+    def __init__(self, *, model: str = NAME, cache_size: int = 10_000, threads: int = 1, runtime: str = "auto") -> None:
         self.name = self.NAME if model == self.NAME else Path(model).name
+        self.runtime = choose(runtime, is_known=model == self.NAME)
         self._folder = _locate(model)
         self._cache = _Cache(cache_size)
         self._threads = threads
         self._worker = ThreadPoolExecutor(1, "encoder")
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
-        self._model: SentenceTransformer | None = None
+        self._model: Runtime | None = None
 
     async def encode(self, texts: Sequence[str]) -> Vector:
         if not texts:
@@ -99,19 +98,14 @@ class MiniLM:
             job.result.set_result({text: vectors[text].copy() for text in job.texts})
 
     def _embed(self, texts: list[str]) -> Vector:
-        vectors = self._loaded().encode(
-            texts, batch_size=32, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
-        )
-        return np.asarray(vectors, np.float32)
+        return self._loaded().embed(texts)
 
     def _count(self, texts: list[str]) -> int:
-        model = self._loaded()
-        rows = model.tokenizer(texts, truncation=True, max_length=model.max_seq_length)["input_ids"] if texts else []
-        return sum(len(row) for row in rows)
+        return self._loaded().count(texts) if texts else 0
 
-    def _loaded(self) -> "SentenceTransformer":
+    def _loaded(self) -> Runtime:
         if self._model is None:
-            self._model = _load(self._folder, self.width, self._threads)
+            self._model = _load(self.runtime, self._folder, self.width, self._threads)
         return self._model
 
 
@@ -181,45 +175,10 @@ def _locate(model: str) -> Path:
 _INSTALL = "pip install 'collegium[cpu]' (or 'collegium[encoder]' alone)."
 
 
-def _load(folder: Path, width: int, threads: int) -> "SentenceTransformer":
+def _load(runtime: str, folder: Path, width: int, threads: int) -> Runtime:
     try:
-        from sentence_transformers import SentenceTransformer
-
-        _use_threads(threads)
-        with _without_progress_bar():
-            model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        return RUNTIMES[runtime](folder, width, threads)
     except (ImportError, OSError, ValueError, RuntimeError, KeyError) as exc:
         raise ConfigError(
             f"The encoder in {folder} does not load: {exc}. 'collegium doctor' checks the installation."
         ) from exc
-    if (found := model.get_embedding_dimension()) != width:
-        raise ConfigError(f"The encoder in {folder} gives {found} numbers a text, expected {width}.")
-    return model
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """A bar for loading takes longer to read than the loading, and goes past the service's log."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _use_threads(count: int) -> None:
-    """Torch's threads for the calling thread alone.
-
-    What is set last also counts for every thread that torch has yet to meet, so one of these sets it back.
-    """
-    import torch
-
-    others = torch.get_num_threads()
-    torch.set_num_threads(count)
-    restore = threading.Thread(target=torch.set_num_threads, args=(others,))
-    restore.start()
-    restore.join()

@@ -119,7 +119,7 @@ async def embed(
 
 
 def content_key(encoder: Encoder, texts: Sequence[str]) -> str:
-    digest = blake2b(f"{encoder.name}\0{encoder.width}".encode(), digest_size=20)
+    digest = blake2b(f"{encoder.name}\0{encoder.runtime}\0{encoder.width}".encode(), digest_size=20)
     for text in texts:
         raw = text.encode(errors="replace")
         digest.update(len(raw).to_bytes(8, "little") + raw)

@@ -25,6 +25,7 @@ class WordLlama:
     NAME = "wordllama"
     READ_CHARS = 8_000
     width = 256
+    runtime = "numpy"
 
     def __init__(self) -> None:
         self.name = self.NAME

@@ -93,7 +93,8 @@ def hull_area(points: Sequence[tuple[float, float]], low: float, high: float) ->
             hull.pop()
         hull.append((cost, score))
     budgets = np.linspace(low, high, BUDGETS)
-    return float(np.interp(budgets, *zip(*hull, strict=True)).mean())
+    costs, scores = np.array(hull).T
+    return float(np.interp(budgets, costs, scores).mean())
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -30,9 +30,16 @@ async def leave_each_out(
         rows.append({"expert": expert.expert_id, **_without(setting, router, left, cards, graded)})
         on_expert()
     scores = {
-        key: float(np.mean([r[key] for r in rows])) for key in ("without", "by_card", "by_grades", "error_by_card", "error_by_grades")
+        key: float(np.mean([r[key] for r in rows]))
+        for key in ("without", "by_card", "by_grades", "error_by_card", "error_by_grades")
     }
-    return {"router": router, "graded": len(graded), "experts": rows, "refitted": _score(whole, setting), "mean": scores}
+    return {
+        "router": router,
+        "graded": len(graded),
+        "experts": rows,
+        "refitted": _score(whole, setting),
+        "mean": scores,
+    }
 
 
 def _without(setting: Setting, router: str, left: int, cards: list[Card], graded: Array) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """report.json (contracts.md) and report.md of an evaluation. Times are the only part that a seed does not repeat."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import orjson
 from evals.routing.baselines import Baseline
 from evals.routing.bench import Evaluation, Result
 from evals.routing.curves import PairCurve, hull_area
+from evals.routing.sections import as_number, as_percent, as_range, as_signed, left_out, wording
 from evals.routing.setting import Setting
 from evals.routing.statistics import Estimate
 from routers.costs import COSTS
@@ -124,7 +124,7 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
             f"{'' if report['tasks_told'] else ', whose tasks routers are not told'}; seed {report['seed']}. Scores "
             f"in percent, with 95 % intervals by bootstrap over questions; the difference is paired, to the best "
             f"single expert on train. {report['unanswered_test']} answers are missing and score 0. "
-            f"Cost: {COSTS[report['cost_unit']]}. Self-consistency: one answer a question is recorded, so there is none.",
+            f"Cost: {COSTS[report['cost_unit']]}. One answer a question is recorded: no self-consistency.",
             "",
             "| | score | ci95 | difference to best single | calls | cost | |",
             "|---|---|---|---|---|---|---|",
@@ -137,12 +137,12 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
             *(_detail_row(r) for r in report["results"]),
             "",
             "Gap to oracle closed: 0 is the best single expert, 1 the best answer of all. APGR: 0.5 is the random mix "
-            "of the strong and the weak expert. Cost area: the mean score over all budgets between the cheapest and the "
-            f"dearest expert; of single experts and their mixes it is {_number(report['singles_cost_area'])}. Decide: "
-            "embedding given; route: with the encoder.",
+            "of the strong and the weak expert. Cost area: the mean score over all budgets between the cheapest and "
+            f"the dearest expert; of single experts and their mixes it is {as_number(report['singles_cost_area'])}. "
+            "Decide: embedding given; route: with the encoder.",
             "",
-            *_robustness(report.get("robustness")),
-            *_left_out(report.get("leave_one_out")),
+            *wording(report.get("robustness")),
+            *left_out(report.get("leave_one_out")),
             *(f"![{name}]({name}.png)" for name in ("scores", "cost", "pair", "reliability")),
             extra,
             "",
@@ -153,7 +153,7 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
 def _baseline_row(name: str, b: Mapping[str, Any]) -> str:
     who = f" ({b['expert']})" if b.get("expert") else ""
     return (
-        f"| {name}{who} | {_percent(b['score'])} | {_range(b['ci95'])} | {_signed(b['difference'])} "
+        f"| {name}{who} | {as_percent(b['score'])} | {as_range(b['ci95'])} | {as_signed(b['difference'])} "
         f"| {b['mean_calls']:.2f} | {b['mean_cost']:.4g} | {b['note']} |"
     )
 
@@ -161,86 +161,21 @@ def _baseline_row(name: str, b: Mapping[str, Any]) -> str:
 def _result_row(r: Mapping[str, Any]) -> str:
     policy = f"{r['aggregator']}, top {r['top_k']}" if r["top_k"] > 1 else "one call"
     return (
-        f"| **{r['router']}** ({policy}) | {_percent(r['score'])} | {_range(r['ci95'])} | {_signed(r['difference'])} "
-        f"| {r['mean_calls']:.2f} | {r['mean_cost']:.4g} | {r['verdict']} |"
+        f"| **{r['router']}** ({policy}) | {as_percent(r['score'])} | {as_range(r['ci95'])} "
+        f"| {as_signed(r['difference'])} | {r['mean_calls']:.2f} | {r['mean_cost']:.4g} | {r['verdict']} |"
     )
 
 
 def _detail_row(r: Mapping[str, Any]) -> str:
     pair = r["pair"] or {}
     return (
-        f"| {r['router']} | {_number(r['oracle_gap_closed'])} | {_number(pair.get('apgr'))} "
-        f"| {_number(pair.get('beyond_random'))} | {_number(pair.get('strong_calls_for_50'))} / "
-        f"{_number(pair.get('strong_calls_for_80'))} | {_number(r['cost_area'])} | {_number(r['ece'])} | {r['fit_s']:.1f} "
-        f"| {_number(r['decide_ms_p50'])} / {_number(r['decide_ms_p99'])} "
-        f"| {_number(r['route_ms_p50'])} / {_number(r['route_ms_p99'])} |"
+        f"| {r['router']} | {as_number(r['oracle_gap_closed'])} | {as_number(pair.get('apgr'))} "
+        f"| {as_number(pair.get('beyond_random'))} | {as_number(pair.get('strong_calls_for_50'))} / "
+        f"{as_number(pair.get('strong_calls_for_80'))} | {as_number(r['cost_area'])} "
+        f"| {as_number(r['ece'])} | {r['fit_s']:.1f} "
+        f"| {as_number(r['decide_ms_p50'])} / {as_number(r['decide_ms_p99'])} "
+        f"| {as_number(r['route_ms_p50'])} / {as_number(r['route_ms_p99'])} |"
     )
-
-
-def _robustness(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    names = list(next(iter(found["routers"].values())))
-    return [
-        "## When only the wording changes",
-        "",
-        f"Flipped decisions in percent, and the score with its paired difference to the question as it was asked; "
-        f"{found['n']} test questions, one call. Begging asks for {found['dearest']}; 'sent' is how often it is obeyed, "
-        "against how often that expert is chosen anyway.",
-        "",
-        "| router | as asked | " + " | ".join(names[1:]) + " | sent |",
-        "|---" * (len(names) + 2) + "|",
-        *(_robust_row(router, trials) for router, trials in found["routers"].items()),
-        "",
-    ]
-
-
-def _robust_row(router: str, trials: Mapping[str, Any]) -> str:
-    plain, *others = trials.values()
-    cells = [f"{_percent(t['flipped'])} flipped, {_percent(t['score'])}, {_signed(t['difference'])}" for t in others]
-    sent = f"{_percent(others[-1]['sent_to_dearest'])} for {_percent(plain['sent_to_dearest'])}"
-    return f"| {router} | {_percent(plain['score'])} | " + " | ".join(cells) + f" | {sent} |"
-
-
-def _left_out(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    mean = found["mean"]
-    return [
-        f"## When an expert joins a fitted router ({found['router']})",
-        "",
-        f"Each expert left out in turn, then added by its card, or by {found['graded']} graded questions; scores in percent, "
-        f"one call. The router fitted with all: {_percent(found['refitted'])}. On average without the expert "
-        f"{_percent(mean['without'])}, by card {_percent(mean['by_card'])}, by questions {_percent(mean['by_grades'])}; "
-        f"its mean score is missed by {_percent(mean['error_by_card'])} and {_percent(mean['error_by_grades'])} points.",
-        "",
-        "| expert | alone | without | by card | chosen | by questions | chosen |",
-        "|---|---|---|---|---|---|---|",
-        *(_left_row(row) for row in found["experts"]),
-        "",
-    ]
-
-
-def _left_row(row: Mapping[str, Any]) -> str:
-    keys = ("true", "without", "by_card", "share_by_card", "by_grades", "share_by_grades")
-    return f"| {row['expert']} | " + " | ".join(_percent(row[key]) for key in keys) + " |"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f}"
-
-
-def _range(ci95: list[float]) -> str:
-    return f"{_percent(ci95[0])} to {_percent(ci95[1])}"
-
-
-def _signed(difference: Mapping[str, Any]) -> str:
-    low, high = difference["ci95"]
-    return f"{difference['value'] * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def write(report: Mapping[str, Any], folder: Path, extra: str = "") -> None:

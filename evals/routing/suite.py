@@ -25,7 +25,7 @@ def suite(
             pool=pool,
             router=router,
             experts=experts,
-            top_k="1,3" if experts else "1",
+            top_k="1,2,3" if experts else "1",
             out=out / name,
             encoder=encoder,
         )

@@ -83,6 +83,41 @@ async def _fit(
 
 
 @app.command()
+def join(
+    folder: Annotated[Path, typer.Argument(help="Folder of a fitted router.")],
+    expert: Annotated[str, typer.Option(help="The new expert's id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the router with the expert.")],
+    card: Annotated[str | None, typer.Option(help="What is known of it, in words.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="A recorded pool with its graded answers.")] = None,
+    train: Annotated[str, typer.Option(help="The split that graded questions are taken from.")] = "train",
+    seed: Annotated[int, typer.Option(help="At most 50 graded questions are drawn with it.")] = 0,
+) -> None:
+    """Let an expert join a fitted router without refitting it, by its card or by at most 50 graded questions.
+
+    Example: collegium router join artefacts/linear --expert new --pool pools/mmlu-pro --out artefacts/more
+    """
+    from orchestrator.commands.screen import make_console, waiting
+    from routers.learned import artefact
+
+    console = make_console(stderr=True)
+    with waiting(console, f"'{expert}' joins"):
+        fitted = asyncio.run(_join(folder, expert, card, pool, train, seed))
+    artefact.save(fitted, out)
+    console.print(f"'{expert}' is the last of {len(fitted.expert_ids)} experts of the router in {out}.", markup=False)
+
+
+async def _join(folder: Path, expert: str, card: str | None, pool: Path | None, split: str, seed: int) -> "Fitted":
+    from orchestrator.build import make_encoder
+    from routers.learned import artefact
+    from routers.learned.joined import graded, join
+
+    fitted = artefact.load(folder)
+    encoder = make_encoder(fitted.encoder, 1)
+    questions, scores = (None, None) if pool is None else await graded(pool, expert, encoder, split=split, seed=seed)
+    return await join(fitted, expert, encoder, card=card, questions=questions, scores_Q=scores)
+
+
+@app.command()
 def show(folder: Annotated[Path, typer.Argument(help="Folder of a fitted router.")]) -> None:
     """Print what a fitted router is, what it learned from, and how it ranks the experts.
 

@@ -243,6 +243,9 @@ class Telemetry(Section):
 
 class Encoder(Section):
     model: str = "all-minilm-l6-v2"
+    runtime: Literal["auto", "ctranslate2", "torch", "onnx"] = Field(
+        default="auto", description="What runs it; auto is the fastest that is installed."
+    )
     cache: PositiveInt = 10_000
 
 

@@ -18,6 +18,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Finding]]] = {
     "memory": installation.memory,
     "port": installation.port,
     "policies": configuration.policies,
+    "encoder": configuration.encoder,
     "models": configuration.models,
     "keys": configuration.keys,
     "endpoints": configuration.endpoints,

@@ -5,8 +5,10 @@ from typing import Literal
 
 from experts.types import Backend, EngineSpec
 from orchestrator.config import Config
+from routers.learned import MODELS
+from routers.static import WordLlama
 
-ENCODER_ROUTERS = frozenset({"centroid"})
+ENCODER_ROUTERS = frozenset({"centroid", *MODELS})
 """Routers that read embeddings, and so need the extra 'encoder' and its model."""
 
 
@@ -34,3 +36,8 @@ class Case:
     @property
     def needs_encoder(self) -> bool:
         return any(p.router.name in ENCODER_ROUTERS for p in self.config.policies.values())
+
+    @property
+    def encoder_package(self) -> str:
+        """What the encoder cannot do without."""
+        return "wordllama" if self.config.encoder.model == WordLlama.NAME else "sentence_transformers"

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
 from experts.errors import ConfigError
 from experts.models import list_models
-from orchestrator.build import build_service
+from orchestrator.build import build_service, make_encoder
 from orchestrator.config import OpenAIConfig
 from orchestrator.doctor.case import Case, Finding
 
@@ -28,10 +28,26 @@ def policies(case: Case) -> Iterator[Finding]:
     yield Finding(check="policies", message=f"can be asked for: {', '.join(models)}")
 
 
+def encoder(case: Case) -> Iterator[Finding]:
+    """Which encoder is in use, and what runs it."""
+    wanted = case.config.encoder
+    try:
+        found = make_encoder(wanted.model, 1, wanted.runtime)
+    except ConfigError as exc:
+        status: Literal["fail", "ok"] = "fail" if case.needs_encoder else "ok"
+        todo = "install it, or set encoder.model" if case.needs_encoder else ""
+        yield Finding(check="encoder", status=status, message=exc.message, todo=todo)
+        return
+    use = "in use" if case.needs_encoder else "of use to /v1/embeddings only: no router reads embeddings"
+    yield Finding(check="encoder", message=f"{found.name} ({found.width} wide) by {found.runtime}, {use}")
+
+
 def models(case: Case) -> Iterator[Finding]:
     """Bundled models are prepared or can be; folders are there."""
     prepared = {status.model.name: status.prepared for status in list_models()}
-    wanted = [spec.model for spec in case.specs("vllm")] + [case.config.encoder.model] * case.needs_encoder
+    wanted = [spec.model for spec in case.specs("vllm")] + [case.config.encoder.model] * (
+        case.encoder_package != "wordllama" and case.needs_encoder
+    )
     for model in dict.fromkeys(wanted):
         if not prepared.get(model, True):
             yield Finding(

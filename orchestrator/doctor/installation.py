@@ -27,7 +27,7 @@ def extras(case: Case) -> Iterator[Finding]:
     needs = {
         ("vllm", "gpu" if _has_gpu() else "cpu"): bool(case.specs("vllm")),
         ("ray", "ray"): bool(case.specs("serve")),
-        ("sentence_transformers", "encoder"): case.needs_encoder,
+        (case.encoder_package, "encoder" if case.encoder_package != "wordllama" else "train"): case.needs_encoder,
         ("opentelemetry", "otel"): case.config.telemetry.otlp_endpoint is not None,
     }
     for (package, extra), needed in needs.items():

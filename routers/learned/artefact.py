@@ -21,6 +21,8 @@ from routers.records import Array
 
 VERSION = 1
 HEAD, BODY = "router.json", "model.safetensors"
+_NEWCOMERS = "newcomers."
+"""Before the names of their arrays: no model has a field of that name."""
 T = TypeVar("T")
 
 
@@ -52,7 +54,13 @@ def save(fitted: Fitted, folder: Path) -> None:
 
     arrays: dict[str, Array] = {}
     plain: dict[str, Any] = {}
-    _pack(fitted.model, "", arrays, plain)
+    from routers.learned.joined import Joined
+
+    base = fitted.model
+    if isinstance(base, Joined):
+        arrays |= {f"{_NEWCOMERS}mixture_JE": base.mixture_JE, f"{_NEWCOMERS}level_J": base.level_J}
+        base = base.model
+    _pack(base, "", arrays, plain)
     head = {f.name: getattr(fitted, f.name) for f in fields(fitted) if f.name != "model"}
     about = {
         "version": VERSION,
@@ -77,11 +85,20 @@ def load(folder: Path) -> Fitted:
     try:
         arrays = load_file(folder / BODY)
         cls = model_class(about["name"])
-        model = _unpack(cls, "", arrays, about["model"])
+        model = _joined(_unpack(cls, "", arrays, about["model"]), arrays)
         head = {f.name: about[f.name] for f in fields(Fitted) if f.name != "model"}
     except (OSError, SafetensorError, KeyError, TypeError) as exc:
         raise ConfigError(f"The router in {folder} is broken ({exc!r}); fit it again: {_AGAIN}") from exc
     return Fitted(**{**head, "expert_ids": tuple(head["expert_ids"])}, model=model)
+
+
+def _joined(model: Model, arrays: Mapping[str, Array]) -> Model:
+    from routers.learned.joined import Joined
+
+    if f"{_NEWCOMERS}level_J" not in arrays:
+        return model
+    mixture, level = arrays[f"{_NEWCOMERS}mixture_JE"], arrays[f"{_NEWCOMERS}level_J"]
+    return Joined(model=model, mixture_JE=mixture, level_J=level)
 
 
 def read_head(folder: Path) -> Mapping[str, Any]:

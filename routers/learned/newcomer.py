@@ -67,7 +67,9 @@ def from_grades(predicted_QE: Array, scores_Q: Array, prior: Row | None = None) 
     """
     count, experts = predicted_QE.shape
     if not 1 <= count <= GRADED or len(scores_Q) != count:
-        raise ConfigError(f"A newcomer is placed by 1 to {GRADED} graded questions, not {count} ({len(scores_Q)} scores).")
+        raise ConfigError(
+            f"A newcomer is placed by 1 to {GRADED} graded questions, not {count} ({len(scores_Q)} scores)."
+        )
     if bad := [row for row, score in enumerate(scores_Q, 1) if not 0 <= score <= 1]:
         raise ConfigError(f"Graded question {bad[0]}: a score lies between 0 and 1, got {scores_Q[bad[0] - 1]!r}.")
     mixture = np.full(experts, 1 / experts) if prior is None else prior.mixture_E.astype(np.float64)
@@ -75,7 +77,7 @@ def from_grades(predicted_QE: Array, scores_Q: Array, prior: Row | None = None) 
     level += float((scores_Q - predicted_QE @ mixture - level).sum() / (count + _LEVEL_PRIOR))
     centred = predicted_QE - predicted_QE.mean(axis=1, keepdims=True)
     left = scores_Q - predicted_QE @ mixture - level
-    gram = centred @ centred.T + _MIX_PRIOR * float((centred**2).mean()) * np.eye(count)
+    gram = centred @ centred.T + _MIX_PRIOR * max(float((centred**2).mean()), 1e-6) * np.eye(count)
     step = centred.T @ np.linalg.solve(gram, left)
     return Row(mixture_E=(mixture + step - step.mean()).astype(np.float32), level=level)
 

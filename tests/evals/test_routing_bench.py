@@ -15,7 +15,9 @@ from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
 from orchestrator.cli import app
 from routers.base import RouterParts
+from routers.learned import artefact
 from routers.learned.router import linear
+from routers.questions import Questions
 from routers.records import read_records
 from routers.static import WordLlama
 
@@ -197,6 +199,33 @@ def test_show_prints_what_a_router_is(run, run_fit, make_pool):
     assert "60 questions of toy" in found.output
     assert "wordllama, 256 wide" in found.output
     assert "prices-expert" in found.output
+
+
+def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
+    pool = make_pool(questions=400, other=0.1)
+    others = "law-expert,cells-expert,prices-expert"
+    found = run("router", "fit", "linear", "--pool", pool, "--out", tmp_path / "three", "--encoder", "wordllama",
+                "--experts", others)  # fmt: skip
+    assert found.exit_code == 0, found.output
+    head = json.loads((pool / "pool.json").read_text())
+    (new,) = {e["expert_id"] for e in head["experts"]} - set(others.split(","))
+    words = ["router", "join", tmp_path / "three", "--expert", new, "--out", tmp_path / "four"]
+    assert run(*words, "--pool", pool).exit_code == 0
+    fitted, before = artefact.load(tmp_path / "four"), artefact.load(tmp_path / "three")
+    assert fitted.expert_ids == (*before.expert_ids, new)
+    about = Questions(vectors_QW=np.eye(1, 256, dtype=np.float32), tasks=("law",))
+    np.testing.assert_array_equal(fitted.model.predict(about)[:, :3], before.model.predict(about))
+    for rest, message in (([], "neither"), (["--pool", pool, "--expert", "law-expert"], "already")):
+        found = run(*words, *rest)
+        assert found.exit_code == 1
+        assert message in found.output
+    assert (
+        run(
+            *words[:2], tmp_path / "four", "--expert", "second", "--card", "a lawyer", "--out", tmp_path / "five"
+        ).exit_code
+        == 0
+    )
+    assert artefact.load(tmp_path / "five").model.predict(about).shape == (1, 5)
 
 
 async def test_tasks_can_be_hidden_from_routers_but_not_from_the_baseline(make_pool, cache):

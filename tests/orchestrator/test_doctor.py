@@ -348,3 +348,19 @@ def test_doctor_runs_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(CHECKS, name, lambda case, name=name: iter([Finding(check=name, message="seen")]))
     findings = list(examine(path, host="127.0.0.1", port=0))
     assert [f.check for f in findings] == ["config", *CHECKS]
+
+
+def test_the_encoder_in_use_is_named_with_what_runs_it() -> None:
+    routed = {"policies": {"default": {"router": "centroid"}}}
+    found = only(configuration.encoder(make_case(encoder={"model": "wordllama"}, **routed)))
+    assert (found.status, found.message) == ("ok", "wordllama (256 wide) by numpy, in use")
+    assert "no router reads" in only(configuration.encoder(make_case(encoder={"model": "wordllama"}))).message
+    absent = {"encoder": {"model": "/no/such/folder"}}
+    assert only(configuration.encoder(make_case(**absent, **routed))).status == "fail"
+    assert only(configuration.encoder(make_case(**absent))).status == "ok", "nobody needs it"
+
+
+def test_a_static_encoder_does_without_sentence_transformers(installed: Callable[[set[str]], None]) -> None:
+    installed({"wordllama"})
+    case = make_case(encoder={"model": "wordllama"}, policies={"default": {"router": "centroid"}})
+    assert only(installation.extras(case)).message == "wordllama is installed"

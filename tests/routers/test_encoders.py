@@ -10,14 +10,12 @@ import pytest
 
 from experts import models
 from experts.errors import ConfigError
-from routers import encoders
+from routers import encoders, runtimes
 from routers.encoders import MiniLM
 
 
 class ScriptedModel:
     """Stands in for a SentenceTransformer: remembers its batches, waits for ``gate`` before each."""
-
-    max_seq_length = 256
 
     def __init__(self):
         self.batches = []
@@ -25,15 +23,14 @@ class ScriptedModel:
         self.gate = threading.Event()
         self.gate.set()
 
-    def encode(self, texts, **_options):
+    def embed(self, texts):
         self.threads.add(threading.get_ident())
         self.batches.append(list(texts))
         assert self.gate.wait(10)
         return np.stack([vector_of(text) for text in texts])
 
-    def tokenizer(self, texts, *, truncation, max_length):
-        assert truncation
-        return {"input_ids": [text.split()[:max_length] for text in texts]}
+    def count(self, texts):
+        return sum(len(text.split()[:256]) for text in texts)
 
 
 def vector_of(text):
@@ -47,7 +44,7 @@ def model(monkeypatch):
     model = ScriptedModel()
     model.loads = 0
 
-    def load(folder, width, threads):
+    def load(runtime, folder, width, threads):
         model.loads += 1
         return model
 
@@ -137,7 +134,7 @@ async def test_long_and_broken_texts_are_cut_and_mended(model):
 async def test_a_failed_load_is_told_to_everyone_and_tried_again(model, monkeypatch):
     healthy, attempts = encoders._load, []
 
-    def broken(folder, width, threads):
+    def broken(runtime, folder, width, threads):
         attempts.append(folder)
         raise ConfigError("the weights are gone")
 
@@ -150,7 +147,7 @@ async def test_a_failed_load_is_told_to_everyone_and_tried_again(model, monkeypa
 
 
 async def test_a_model_that_breaks_leaves_nobody_waiting(model, monkeypatch):
-    monkeypatch.setattr(model, "encode", lambda texts, **_options: 1 / 0)
+    monkeypatch.setattr(model, "embed", lambda texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(MiniLM().encode(["a"]), 5)
 
@@ -184,7 +181,26 @@ def test_a_model_nobody_knows_is_refused(tmp_path):
 
 async def test_libraries_that_do_not_import_are_the_installation_s_fault(monkeypatch):
     stub = types.ModuleType("sentence_transformers")  # importing a name from it fails, as with a broken torchvision
-    encoder = MiniLM()
+    encoder = MiniLM(runtime="torch")
     monkeypatch.setitem(sys.modules, "sentence_transformers", stub)
     with pytest.raises(ConfigError, match="collegium doctor"):
         await encoder.encode(["a"])
+
+
+def test_the_fastest_runtime_that_is_installed_is_taken(monkeypatch):
+    there = {"sentence_transformers", "ctranslate2"}
+    monkeypatch.setattr(runtimes, "_installed", lambda name: name in there)
+    assert runtimes.choose("auto", is_known=True) == "ctranslate2"
+    assert runtimes.choose("auto", is_known=False) == "torch", "a folder's model may pool otherwise"
+    there.remove("ctranslate2")
+    assert runtimes.choose("auto", is_known=True) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "is_known", "message"),
+    [("fpga", True, "known: auto"), ("onnx", False, "runtime: torch"), ("onnx", True, "pip install onnxruntime")],
+)
+def test_a_runtime_that_cannot_be_had_is_named(monkeypatch, runtime, is_known, message):
+    monkeypatch.setattr(runtimes, "_installed", lambda name: False)
+    with pytest.raises(ConfigError, match=message):
+        runtimes.choose(runtime, is_known=is_known)

@@ -8,13 +8,13 @@ from routers.learned import MODELS, PROBABILITIES
 from routers.learned.artefact import model_class
 from routers.learned.base import Training, simplest_of, split_folds
 from routers.learned.linear import Linear
-from routers.learned.panel import Panel, vote
+from routers.learned.panel import Panel, Relay, relay, trio
 from routers.learned.stack import pick_members
 from routers.learned.task import Task
 from routers.learned.threshold import Threshold
 from routers.questions import Questions
 
-ONE_OF_EACH = [name for name in MODELS if name not in ("panel", "threshold", "cascade")]
+ONE_OF_EACH = [name for name in MODELS if name not in ("panel", "relay", "threshold", "cascade")]
 
 
 def world(size, *, seed=0, skilled=0.9, other=0.3, told=True, width=24):
@@ -101,8 +101,9 @@ def test_a_task_never_seen_is_guessed_from_the_text():
 def test_the_vote_of_a_panel_is_the_weighted_vote():
     answers = np.array([[0, 1, 1], [0, 1, 2], [-1, 1, 2], [-1, -1, 2], [0, -1, -1], [-1, -1, -1], [0, 0, 1]])
     scores = (answers == np.array([1, 0, 1, 2, 0, 0, 0])[:, None]).astype(np.float32)
-    assert vote((0, 1, 2), scores, answers).tolist() == [1, 1, 1, 1, 1, 0, 1]
-    assert vote((0,), scores, answers).tolist() == scores[:, 0].tolist()
+    assert trio((0, 1, 2), scores, answers).tolist() == [1, 1, 1, 1, 1, 0, 1]
+    assert relay((0, 1), scores, answers).tolist() == [0, 1, 1, 0, 1, 0, 1]
+    assert relay((0,), scores, answers).tolist() == scores[:, 0].tolist()
 
 
 def test_a_panel_is_chosen_for_its_vote_and_not_for_its_members():
@@ -121,6 +122,23 @@ def test_a_panel_is_chosen_for_its_vote_and_not_for_its_members():
     top = np.argsort(-Panel.fit(training).predict(training.questions), axis=1)[:, :3]
     assert {3, 4} <= set(top[0].tolist())
     assert len({0, 1, 2} & set(top[0].tolist())) == 1
+
+
+def test_a_relay_is_led_by_who_can_be_read():
+    """A leader who is right more often, but seldom unread, and a stand-in that is right where it is not."""
+    rng = np.random.default_rng(0)
+    _, base = world(600)
+    silent = rng.random(600) < 0.3
+    right = np.stack(
+        [~silent & (rng.random(600) < 0.9), rng.random(600) < 0.5, silent | (rng.random(600) < 0.3)], axis=1
+    )
+    answers = np.where(right, 0, np.array([1, 2, 3]))
+    answers[silent, 0] = -1
+    training = Training(
+        questions=base.questions, scores_QE=right.astype(np.float32), answers_QE=answers, costs_E=np.ones(3)
+    )
+    order = np.argsort(-Relay.fit(training).predict(training.questions), axis=1)
+    assert order[0].tolist() == [0, 2, 1]
 
 
 def test_the_threshold_router_sends_to_the_strong_expert_what_needs_it():

@@ -8,6 +8,7 @@ import pytest
 
 from experts.errors import ConfigError
 from routers.encoders import MiniLM
+from routers.runtimes import PACKAGES
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ async def test_one_thread_is_the_encoder_s_own_affair():
     import torch
 
     before = torch.get_num_threads()
-    encoder = MiniLM(threads=1)
+    encoder = MiniLM(threads=1, runtime="torch")
     await encoder.encode(["load it"])
     assert await asyncio.wrap_future(encoder._worker.submit(torch.get_num_threads)) == 1
     assert torch.get_num_threads() == before
@@ -60,7 +61,17 @@ async def test_one_thread_is_the_encoder_s_own_affair():
 async def test_a_model_of_another_width_is_refused(monkeypatch):
     monkeypatch.setattr(MiniLM, "width", 256)
     with pytest.raises(ConfigError, match="384 numbers a text, expected 256"):
-        await MiniLM().encode(["a"])
+        await MiniLM(runtime="torch").encode(["a"])
+
+
+@pytest.mark.parametrize("runtime", ["ctranslate2", "onnx"])
+async def test_a_runtime_gives_nearly_the_reference_s_vectors(runtime):
+    pytest.importorskip(PACKAGES[runtime])
+    texts = ["A cat sleeps.", "Which of the following bonds is riskiest?\nA\nB\nC", "word " * 300]
+    reference = await MiniLM(runtime="torch").encode(texts)
+    other = MiniLM(runtime=runtime)
+    assert (np.sum(await other.encode(texts) * reference, axis=1) > 0.99).all()
+    assert await other.count_tokens(texts) == await MiniLM(runtime="torch").count_tokens(texts)
 
 
 async def test_a_damaged_folder_is_explained(tmp_path):

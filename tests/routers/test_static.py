@@ -44,7 +44,7 @@ def test_cached_embeddings_belong_to_one_encoder_and_its_texts():
     encoder = WordLlama()
     key = content_key(encoder, ["ab", "c"])
     assert key == content_key(encoder, ["ab", "c"])
-    other = type("Other", (), {"name": MiniLM.NAME, "width": 384})()
+    other = type("Other", (), {"name": MiniLM.NAME, "width": 384, "runtime": "torch"})()
     assert (
         len({key, content_key(encoder, ["a", "bc"]), content_key(encoder, ["ab"]), content_key(other, ["ab", "c"])})
         == 4
