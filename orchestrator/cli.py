@@ -16,6 +16,7 @@ COMMANDS = {
     "ask": "orchestrator.commands.ask:app",
     "route": "orchestrator.commands.route:app",
     "router": "orchestrator.commands.router:app",
+    "build": "orchestrator.commands.build:app",
     "eval": "evals.commands:app",
 }
 

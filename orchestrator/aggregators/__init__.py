@@ -3,5 +3,6 @@
 AGGREGATORS = {
     "first": "orchestrator.aggregators.first:First",
     "vote": "orchestrator.aggregators.vote:Vote",
+    "stack": "orchestrator.aggregators.stack:Stacked",
     "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
 }

@@ -1,0 +1,1 @@
+"""Combining answers, measured on recorded ones."""
