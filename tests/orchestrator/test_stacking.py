@@ -86,7 +86,7 @@ def test_experts_that_copy_each_other_are_damped() -> None:
 
 
 def test_the_gradient_is_the_losss_slope() -> None:
-    from orchestrator.aggregators.stacking.fitting import _loss
+    from orchestrator.aggregators.stacking.fitting import _loss, _Votes
 
     rng = np.random.default_rng(1)
     many, gold = planted_votes([1.0, 0.5, 0.2], 40)
@@ -99,13 +99,14 @@ def test_the_gradient_is_the_losss_slope() -> None:
     ).hearing(random_panels(40, 3, seed=0))
     weights = [rng.normal(size=s) for s in ((3,), (2, 3), (2,), (5,))]
     right = many.right(gold)
-    _, gradients = _loss(weights, many, right, 0.5)
+    votes = _Votes.of(many)
+    _, gradients = _loss(weights, votes, right, 0.5)
     for place, weight in enumerate(weights):
         for index in np.ndindex(weight.shape):
             shifted = [[w.copy() for w in weights] for _ in range(2)]
             shifted[0][place][index] -= 1e-5
             shifted[1][place][index] += 1e-5
-            below, above = (_loss(w, many, right, 0.5)[0] for w in shifted)
+            below, above = (_loss(w, votes, right, 0.5)[0] for w in shifted)
             assert (above - below) / 2e-5 == pytest.approx(gradients[place][index], abs=1e-4)
 
 

@@ -17,10 +17,10 @@ from orchestrator.aggregators.stacking.recorded import Recorded, usable
 from routers.learned.base import split_folds
 from routers.records import Array
 
-FOLDS = 5
+FOLDS = 4
 _LONGEST = 8
 """Experts in the order. Further ones were not worth their call on any pool here."""
-_PANELS = 3
+_PANELS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,9 +99,9 @@ def damping(ballots: Ballots, shape: Array) -> Array:
 
 def summed(counts_QE: Array, ballots: Ballots) -> Array:
     """By option, of those who chose it."""
-    total = np.zeros(ballots.open_QO.shape)
     rows, columns = np.nonzero(ballots.votes_QE >= 0)
-    np.add.at(total, (rows, ballots.votes_QE[rows, columns]), counts_QE[rows, columns])
+    cells = rows * ballots.open_QO.shape[1] + ballots.votes_QE[rows, columns]
+    total = np.bincount(cells, counts_QE[rows, columns], ballots.open_QO.size).reshape(ballots.open_QO.shape)
     return total
 
 
