@@ -8,6 +8,7 @@ AGGREGATORS = {
     "general_expert": "orchestrator.aggregators.general_expert:GeneralExpert",
     "pick_aggregator": "orchestrator.aggregators.pick:PickAggregator",
     "vote": "orchestrator.aggregators.vote:Vote",
+    "stack": "orchestrator.aggregators.stack:Stacked",
     "weighted_vote": "orchestrator.aggregators.vote:WeightedVote",
     "cascade": "orchestrator.aggregators.cascade:Cascade",
 }

@@ -1,0 +1,166 @@
+"""The stack on a recorded pool: fitted on train and val, asked once on test, beside what it has to beat.
+
+Legend: Q questions of the test split, E experts, K places in the order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from evals.routing.statistics import Bootstrap, Estimate
+from orchestrator.aggregators.stacking.build import Stack, Wish, decide, fit_stack, stops, threshold_for, walk
+from orchestrator.aggregators.stacking.model import Ballots, said_by_any
+from orchestrator.aggregators.stacking.recorded import Recorded, rows_of
+from routers.records import Array
+
+CALLS = (1.0, 2.0, 3.0, 5.0)
+VARIANTS = {
+    "answers": Wish(with_prior=False, with_words=False),
+    "answers + words": Wish(with_prior=False),
+    "answers + options": Wish(with_words=False),
+    "all": Wish(),
+}
+"""What the stack may look at: who said what; the words it was said in; what the options give away."""
+SHARES = (0.125, 0.25, 0.5)
+_BINS = 10
+
+
+def measure(
+    recorded: Recorded, *, seed: int, shares: bool = True, on_step: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """One pool and one set of experts, as JSON. Raises ConfigError."""
+    train, test = rows_of(recorded, ["train", "val"]), rows_of(recorded, ["test"])
+    boot = Bootstrap(len(test), seed)
+    means = recorded.records.scores_QE[train].mean(axis=0)
+    single = recorded.records.scores_QE[test, means.argmax()]
+    oracle = float(recorded.records.scores_QE[test].max(axis=1).mean())
+
+    def result(right_Q: Array, calls: float, **more: Any) -> dict[str, Any]:
+        gain = float(right_Q.mean() - single.mean()) / max(oracle - float(single.mean()), 1e-9)
+        return {
+            **_estimate("score", boot.mean(right_Q)),
+            **_estimate("over_single", boot.difference(right_Q, single)),
+            "gap_closed": gain,
+            "mean_calls": calls,
+            **more,
+        }
+
+    report: dict[str, Any] = {
+        "pool": recorded.records.name,
+        "experts": list(recorded.records.expert_ids),
+        "n_train": len(train),
+        "n_test": len(test),
+        "seed": seed,
+        "baselines": _baselines(recorded, means, test, result),
+        "oracle": oracle,
+        "stacks": {},
+    }
+    for variant, wish in VARIANTS.items():
+        on_step(f"{recorded.records.name}: {variant}")
+        stack = fit_stack(recorded, train, _seeded(wish, seed))
+        report["stacks"][variant] = _measure_stack(stack, recorded, test, result)
+    if shares:
+        report["learning"] = _learning(recorded, train, test, seed)
+    return report
+
+
+def _estimate(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_ci95": estimate.ci95}
+
+
+def _seeded(wish: Wish, seed: int) -> Wish:
+    return Wish(calls=wish.calls, seed=seed, with_prior=wish.with_prior, with_words=wish.with_words)
+
+
+def _measure_stack(
+    stack: Stack, recorded: Recorded, test: Array, result: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    ballots = stack.prepare(recorded.ballots.take(test), recorded.traits_QOT[test])
+    gold = recorded.gold_Q[test]
+    sure, right = walk(stack.logit, ballots, gold, stack.order)
+    rows = np.arange(len(test))
+    budgets = {}
+    for calls in CALLS:
+        threshold = threshold_for(stack.curve_XN, calls)
+        places = stops(sure.copy(), threshold)
+        held_out = stack.curve_XN[stack.curve_XN[:, 0] == threshold][0]
+        budgets[f"{calls:g}"] = result(
+            right[rows, places].astype(float),
+            float((places + 1).mean()),
+            threshold=threshold,
+            held_out={"mean_calls": float(held_out[1]), "score": float(held_out[2])},
+            calibration=_calibration(sure[rows, places], right[rows, places]),
+        )
+    everyone, _ = decide(stack.logit, ballots)
+    return {
+        "order": [recorded.records.expert_ids[e] for e in stack.order],
+        "calls": budgets,
+        "first_of_order": [float(right[:, k].mean()) for k in range(len(stack.order))],
+        "everyone": result((everyone == gold).astype(float), float(ballots.asked_QE.sum(axis=1).mean())),
+        "curve": _curve(sure, right),
+        "threshold_curve_held_out": stack.curve_XN.tolist(),
+    }
+
+
+def _curve(sure_QK: Array, right_QK: Array) -> list[list[float]]:
+    """[mean calls, score] at each threshold, on test: for the plot alone, nothing is chosen by it."""
+    rows, points = np.arange(len(sure_QK)), []
+    for threshold in np.arange(0.0, 1.01, 0.02):
+        places = stops(sure_QK.copy(), float(threshold))
+        points.append([float((places + 1).mean()), float(right_QK[rows, places].mean())])
+    return points
+
+
+def _calibration(sure_Q: Array, right_Q: Array) -> list[list[float]]:
+    """[mean posterior, share that was right, questions] of equally large groups, the least sure first."""
+    order = np.argsort(sure_Q, kind="stable")
+    return [
+        [float(sure_Q[part].mean()), float(right_Q[part].mean()), len(part)]
+        for part in np.array_split(order, min(_BINS, len(order)))
+    ]
+
+
+def _baselines(
+    recorded: Recorded, means_E: Array, test: Array, result: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    ballots, gold = recorded.ballots.take(test), recorded.gold_Q[test]
+    order = np.argsort(-means_E, kind="stable")
+    best = int(order[0])
+    found = {
+        "best single": result(
+            recorded.records.scores_QE[test, best], 1.0, expert=recorded.records.expert_ids[best]
+        ),
+        "majority of all": result(_vote(ballots, gold, order, np.ones(len(order))), float(len(order))),
+    }
+    odds = np.log(np.clip(means_E, 0.02, 0.98) * 9 / (1 - np.clip(means_E, 0.02, 0.98)))
+    for calls in (3, 5):
+        if calls <= len(order):
+            found[f"majority of {calls}"] = result(_vote(ballots, gold, order[:calls], np.ones(len(order))), calls)
+            found[f"weighted vote of {calls}"] = result(_vote(ballots, gold, order[:calls], odds), calls)
+    return found
+
+
+def _vote(ballots: Ballots, gold: Array, panel: Array, weights_E: Array) -> Array:
+    """A tie goes to the better expert: each place in ``panel`` adds a little less than the one before."""
+    total = np.zeros(ballots.open_QO.shape)
+    rows = np.arange(len(gold))
+    for place, expert in enumerate(panel):
+        votes = ballots.votes_QE[:, expert]
+        there = votes >= 0
+        total[rows[there], votes[there]] += weights_E[expert] * (1 + 1e-6 * (len(panel) - place))
+    said = said_by_any(ballots.votes_QE[:, panel], total.shape[1])
+    chosen = np.where(said.any(axis=1), np.where(said, total, -np.inf).argmax(axis=1), -1)
+    return (chosen == gold).astype(float)
+
+
+def _learning(recorded: Recorded, train: Array, test: Array, seed: int) -> list[list[float]]:
+    """[questions learned from, score of everyone heard] for shares of the training questions."""
+    order, points = np.random.default_rng(seed).permutation(train), []
+    for share in SHARES:
+        part = order[: max(20, int(len(order) * share))]
+        stack = fit_stack(recorded, part, Wish(seed=seed))
+        ballots = stack.prepare(recorded.ballots.take(test), recorded.traits_QOT[test])
+        chosen, _ = decide(stack.logit, ballots)
+        points.append([float(len(part)), float((chosen == recorded.gold_Q[test]).mean())])
+    return points

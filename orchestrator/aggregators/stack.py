@@ -1,0 +1,229 @@
+"""The likeliest option, by a conditional logit fitted on recorded answers; see stacking/model.py.
+
+An answer that cannot be read counts for nothing, except that its expert was asked. An expert that the stack never saw
+counts as the weakest it knows. Ties go to the option that the request's seed picks; nothing depends on the order in
+which answers came.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+
+from experts.errors import ConfigError
+from experts.types import JSON, Completion, Request
+from orchestrator.aggregators.base import AggregatorParts
+from orchestrator.aggregators.extract import Asked, make_extract, read_request, settle_percents
+from orchestrator.aggregators.stacking import artefact
+from orchestrator.aggregators.stacking.build import Stack
+from orchestrator.aggregators.stacking.model import Ballots
+from orchestrator.aggregators.stacking.options import TRAITS, option_traits
+from orchestrator.aggregators.stacking.recorded import letter_place
+from orchestrator.aggregators.stacking.words import WORDS, answer_words
+from routers.base import RouteDecision
+from routers.records import Array
+
+_SHOWN = 120
+"""Characters of an option that the trace shows."""
+
+
+class Stacked:
+    """``names`` maps an expert of the service to the recorded one it is, where their ids differ; ``threshold`` is used
+    instead of the artefact's. A request's ``metadata["task"]`` is read as its task."""
+
+    name = "stack"
+    takes_one = False
+
+    def __init__(
+        self,
+        parts: AggregatorParts,
+        *,
+        names: Mapping[str, str] | None = None,
+        threshold: float | None = None,
+        extract: str = "auto",
+    ) -> None:
+        if parts.artefact is None:
+            raise ConfigError(
+                "aggregator 'stack' must be fitted first: collegium build stack --pool DIR --out DIR, then write "
+                "'artefact: DIR' beside its name."
+            )
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ConfigError(f"aggregator 'stack': 'threshold' is a probability from 0 to 1, got {threshold}.")
+        self._fitted = artefact.load(parts.artefact)
+        self._columns = _columns(self._fitted.expert_ids, list(parts.experts), names or {})
+        self._threshold = self._fitted.stack.threshold if threshold is None else threshold
+        self._extract = make_extract(extract)
+
+    async def aggregate(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
+    ) -> Completion:
+        heard = self._hear(request, completions)
+        posterior_O, counts_A = self._weigh(request, heard)
+        said = sorted({a.vote for a in heard.answers if a.vote >= 0})
+        if not said:
+            winner = min(heard.answers, key=lambda a: (-float(self._worth()[a.column]), a.place))
+            note: str | None = "no answer could be read: the answer of the expert worth most is taken"
+            return self._account(winner, heard, posterior_O, counts_A, note)
+        seed = request.metadata.get("route_seed", request.params.seed)
+        rounded = {o: round(float(posterior_O[o]), 9) for o in said}
+        best = max(said, key=lambda o: (rounded[o], _lot(seed, heard.options[o])))
+        tied = sum(rounded[o] == rounded[best] for o in said)
+        votes = [(-counts_A[i], a.place, a) for i, a in enumerate(heard.answers) if a.vote == best]
+        note = f"{tied} options tied; decided by seed" if tied > 1 else None
+        return self._account(min(votes, key=lambda v: v[:2])[2], heard, posterior_O, counts_A, note)
+
+    async def settled(
+        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
+    ) -> bool:
+        """Whether the likeliest option that was chosen so far is likelier than the threshold."""
+        if not pending or not completions:
+            return not pending
+        heard = self._hear(request, completions)
+        posterior_O, _ = self._weigh(request, heard)
+        return any(float(posterior_O[a.vote]) >= self._threshold for a in heard.answers if a.vote >= 0)
+
+    def _hear(self, request: Request, completions: Sequence[Completion]) -> "_Heard":
+        """In an order that does not depend on who came first."""
+        asked = read_request(request)
+        ordered = sorted(completions, key=lambda c: (c.expert_id, c.index, c.text or ""))
+        extracted = [self._extract(c.text or "", asked) for c in ordered]
+        said = iter(settle_percents([a for a in extracted if a is not None]))
+        answers = [None if a is None else next(said) for a in extracted]
+        options = asked.options or tuple(dict.fromkeys(sorted(a for a in answers if a is not None)))
+        return _Heard(
+            asked=asked,
+            options=options,
+            answers=tuple(
+                _Answer(
+                    completion=c,
+                    place=(c.expert_id, c.index, c.text or ""),
+                    column=self._columns.get(c.expert_id, self._weakest()),
+                    known=c.expert_id in self._columns,
+                    vote=-1 if a is None else _vote(a, asked, options),
+                )
+                for c, a in zip(ordered, answers, strict=True)
+            ),
+        )
+
+    def _weigh(self, request: Request, heard: "_Heard") -> tuple[Array, Array]:
+        """The posterior by option, the last being none of those of an open question; what each answer counted for."""
+        stack = self._fitted.stack
+        columns = [a.column for a in heard.answers]
+        task = request.metadata.get("task")
+        traits = np.zeros((1, len(heard.options) + 1, len(TRAITS)), np.float32)
+        if heard.asked.options:
+            traits[0, :-1] = option_traits(heard.options, request.question)
+        panel = _Panel(stack, columns)
+        ballots = _ballots(heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1)
+        prepared = panel.stack.prepare(ballots, traits)
+        counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
+        return panel.stack.logit.posterior(prepared)[0], counts
+
+    def _worth(self) -> Array:
+        return self._fitted.stack.logit.worth_E
+
+    def _weakest(self) -> int:
+        return int(self._worth().argmin())
+
+    def _account(
+        self, winner: "_Answer", heard: "_Heard", posterior_O: Array, counts_A: Array, note: str | None
+    ) -> Completion:
+        strangers = sorted({a.completion.expert_id for a in heard.answers if not a.known})
+        if strangers:
+            unknown = f"the stack never saw {', '.join(strangers)}: taken for the weakest expert it knows"
+            note = unknown if note is None else f"{note}; {unknown}"
+        labels = [_label(option, place, heard.asked) for place, option in enumerate(heard.options)]
+        posterior = {label: round(float(p), 6) for label, p in zip(labels, posterior_O, strict=False)}
+        if not heard.asked.options:
+            posterior["(none of these)"] = round(float(posterior_O[-1]), 6)
+        trace: JSON = {
+            "answers": [
+                {
+                    "expert_id": a.completion.expert_id,
+                    "extracted": labels[a.vote] if a.vote >= 0 else None,
+                    "weight": round(float(counts_A[i]), 6) if a.vote >= 0 else 0.0,
+                }
+                for i, a in enumerate(heard.answers)
+            ],
+            "posterior": posterior,
+            "threshold": self._threshold,
+            "winner": labels[winner.vote] if winner.vote >= 0 else None,
+        }
+        return replace(winner.completion, trace=trace if note is None else {**trace, "note": note})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    completion: Completion
+    place: tuple[str, int, str]
+    column: int
+    known: bool
+    vote: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heard:
+    asked: Asked
+    options: tuple[str, ...]
+    answers: tuple[_Answer, ...]
+
+
+class _Panel:
+    """The stack cut down to those who answered, one column an answer: an expert may answer twice."""
+
+    def __init__(self, stack: Stack, columns: Sequence[int]) -> None:
+        logit = stack.logit
+        self.stack = replace(
+            stack,
+            logit=replace(logit, worth_E=logit.worth_E[columns], in_task_CE=logit.in_task_CE[:, columns]),
+            word_mean_EW=stack.word_mean_EW[columns],
+        )
+
+
+def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
+    answers, options = heard.answers, len(heard.options)
+    listed = bool(heard.asked.options)
+    words = np.zeros((1, len(answers), len(WORDS)), np.float32)
+    for column, answer in enumerate(answers):
+        choice = heard.options[answer.vote] if answer.vote >= 0 else None
+        others = tuple(o for i, o in enumerate(heard.options) if i != answer.vote) if listed else ()
+        words[0, column] = answer_words(answer.completion.text or "", question, choice, others)
+    is_open = np.ones((1, options + 1), np.bool_)
+    is_open[0, -1] = not listed
+    return Ballots(
+        votes_QE=np.array([[a.vote for a in answers]]),
+        asked_QE=np.ones((1, len(answers)), np.bool_),
+        words_QEW=words,
+        open_QO=is_open,
+        prior_QO=np.zeros(is_open.shape, np.float32),
+        tasks_Q=np.array([task]),
+        listed_Q=np.array([listed]),
+    )
+
+
+def _vote(answer: str, asked: Asked, options: Sequence[str]) -> int:
+    return letter_place(answer, options) if asked.options else options.index(answer)
+
+
+def _lot(seed: object, option: str) -> bytes:
+    return blake2b(f"{seed}\0{option}".encode(errors="replace"), digest_size=8).digest()
+
+
+def _label(option: str, place: int, asked: Asked) -> str:
+    return chr(ord("A") + place) if asked.options else option[:_SHOWN]
+
+
+def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+    places = {expert_id: column for column, expert_id in enumerate(recorded)}
+    if strangers := [e for e in names if e not in served]:
+        raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
+    if unknown := [r for r in names.values() if r not in places]:
+        raise ConfigError(f"'names' maps to {unknown}, which this stack never saw; it knows: {', '.join(recorded)}.")
+    columns = {e: places[names.get(e, e)] for e in served if names.get(e, e) in places}
+    if not columns:
+        raise ConfigError(
+            f"This stack knows none of the experts {', '.join(served)}; it was fitted on {', '.join(recorded)}. "
+            "Map them in its options: names: {expert of the config: recorded expert}."
+        )
+    return columns

@@ -1,0 +1,156 @@
+"""A fitted stack on disk: stack.safetensors, and stack.json with everything that is not an array.
+
+stack.json says what it was fitted on: the pool and its hash, the experts in the order of the columns, the tasks. Never
+pickle: loading runs no code of the file's.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from experts.errors import ConfigError
+from orchestrator.aggregators.stacking.build import Stack, Wish, fit_stack
+from orchestrator.aggregators.stacking.model import Logit
+from orchestrator.aggregators.stacking.options import TRAITS
+from orchestrator.aggregators.stacking.prior import Prior
+from orchestrator.aggregators.stacking.recorded import Recorded, usable
+from orchestrator.aggregators.stacking.words import WORDS
+from routers.records import Array
+
+VERSION = 1
+HEAD, BODY = "stack.json", "stack.safetensors"
+_AGAIN = "collegium build stack --pool DIR --out DIR"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A stack, and what it was fitted on."""
+
+    stack: Stack
+    expert_ids: tuple[str, ...]
+    tasks: tuple[str, ...]
+    pool: str
+    pool_digest: str
+    questions: int
+    seed: int
+    calls: float
+
+
+def fit(
+    recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str], None] = lambda _: None
+) -> Fitted:
+    """Raises ConfigError."""
+    return Fitted(
+        stack=fit_stack(recorded, rows, wish, on_step=on_step),
+        expert_ids=recorded.records.expert_ids,
+        tasks=recorded.tasks,
+        pool=recorded.records.name,
+        pool_digest=recorded.records.digest,
+        questions=len(usable(recorded, rows)),
+        seed=wish.seed,
+        calls=wish.calls,
+    )
+
+
+def save(fitted: Fitted, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    stack = fitted.stack
+    about = {
+        "version": VERSION,
+        "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **{f.name: getattr(fitted, f.name) for f in fields(fitted) if f.name != "stack"},
+        "order": stack.order,
+        "threshold": stack.threshold,
+        "traits": TRAITS,
+        "words": WORDS,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(array) for name, array in _arrays(stack).items()}, folder / BODY)
+        (folder / HEAD).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+    except OSError as exc:
+        raise ConfigError(f"Cannot write the stack to {folder}: {exc.strerror or exc}.") from exc
+
+
+def load(folder: Path) -> Fitted:
+    """Raises ConfigError when the artefact is missing, broken, or of another version."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    about = _read_head(folder)
+    try:
+        stack = _stack(load_file(folder / BODY), about)
+        fitted = Fitted(
+            stack=stack,
+            expert_ids=tuple(about["expert_ids"]),
+            tasks=tuple(about["tasks"]),
+            **{key: about[key] for key in ("pool", "pool_digest", "questions", "seed", "calls")},
+        )
+        _check(fitted)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
+        raise ConfigError(f"The stack in {folder} is broken ({exc!r}); fit it again: {_AGAIN}") from exc
+    return fitted
+
+
+def _arrays(stack: Stack) -> dict[str, Array]:
+    arrays = {f"logit.{f.name}": getattr(stack.logit, f.name) for f in fields(Logit)}
+    if stack.prior is not None:
+        arrays |= {f"prior.{f.name}": getattr(stack.prior, f.name) for f in fields(Prior)}
+    return arrays | {
+        "word_mean_EW": stack.word_mean_EW,
+        "word_scale_W": stack.word_scale_W,
+        "curve_XN": stack.curve_XN,
+    }
+
+
+def _stack(arrays: Mapping[str, Array], about: Mapping[str, Any]) -> Stack:
+    def part(name: str) -> dict[str, Array]:
+        return {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith(f"{name}.")}
+
+    prior = part("prior")
+    return Stack(
+        logit=Logit(**part("logit")),
+        prior=Prior(**prior) if prior else None,
+        word_mean_EW=arrays["word_mean_EW"],
+        word_scale_W=arrays["word_scale_W"],
+        order=tuple(int(e) for e in about["order"]),
+        threshold=float(about["threshold"]),
+        curve_XN=arrays["curve_XN"],
+    )
+
+
+def _check(fitted: Fitted) -> None:
+    """Raises ValueError for parts that do not fit each other."""
+    experts, logit = len(fitted.expert_ids), fitted.stack.logit
+    shapes = {
+        "worth_E": (logit.worth_E.shape, (experts,)),
+        "in_task_CE": (logit.in_task_CE.shape, (len(fitted.tasks), experts)),
+        "words_W": (logit.words_W.shape, (len(WORDS),)),
+        "word_mean_EW": (fitted.stack.word_mean_EW.shape, (experts, len(WORDS))),
+        "shape": (logit.shape.shape, (5,)),
+    }
+    for name, (found, due) in shapes.items():
+        if found != due:
+            raise ValueError(f"{name} is {found}, expected {due}")
+    if not all(np.isfinite(array).all() for array in _arrays(fitted.stack).values()):
+        raise ValueError("a number in it is not finite")
+
+
+def _read_head(folder: Path) -> Mapping[str, Any]:
+    path = folder / HEAD
+    try:
+        about = orjson.loads(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"No fitted stack in {folder} ({path.name}: {exc.strerror}); make one: {_AGAIN}") from exc
+    except orjson.JSONDecodeError as exc:
+        raise ConfigError(f"{path} is not JSON: {exc}. Fit it again: {_AGAIN}") from exc
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        found = about.get("version") if isinstance(about, dict) else None
+        raise ConfigError(f"{path} is of version {found!r}, this collegium reads {VERSION}; fit it again: {_AGAIN}")
+    return about

@@ -1,0 +1,224 @@
+"""From a recorded pool to a fitted stack: prior, logit, the order to ask in, and when to stop.
+
+Everything that is chosen is chosen on questions held out: a question's prior comes from a network that never saw it,
+and so do the posteriors that the order and the threshold are read from. Legend: as in model.py; K places in the order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from experts.errors import ConfigError
+from orchestrator.aggregators.stacking.fitting import fit_logit
+from orchestrator.aggregators.stacking.model import Ballots, Logit, said_by_any
+from orchestrator.aggregators.stacking.prior import NEVER, Prior
+from orchestrator.aggregators.stacking.recorded import Recorded, usable
+from routers.learned.base import split_folds
+from routers.records import Array
+
+FOLDS = 4
+_LONGEST = 8
+"""Experts in the order. Further ones were not worth their call on any pool here."""
+_PANELS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """``calls``: the mean number of calls that a question may cost. Switched off parts are for ablations."""
+
+    calls: float = 3.0
+    seed: int = 0
+    with_prior: bool = True
+    with_words: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """``order`` are columns of experts; ``word_mean_EW`` and ``word_scale_W`` bring words to one scale.
+
+    ``curve_XN`` has one row a threshold: threshold, mean calls, accuracy, on questions held out."""
+
+    logit: Logit
+    prior: Prior | None
+    word_mean_EW: Array
+    word_scale_W: Array
+    order: tuple[int, ...]
+    threshold: float
+    curve_XN: Array
+
+    def prepare(self, ballots: Ballots, traits_QOT: Array) -> Ballots:
+        """``ballots`` with this stack's prior and words on its scale."""
+        words = (ballots.words_QEW - self.word_mean_EW) / self.word_scale_W
+        return replace(
+            ballots,
+            words_QEW=np.clip(words, -3, 3),
+            prior_QO=prior_of(self.prior, ballots, traits_QOT),
+        )
+
+
+def prior_of(prior: Prior | None, ballots: Ballots, traits_QOT: Array) -> Array:
+    """Zero for an open question, whose options are what was answered."""
+    result = np.zeros(ballots.open_QO.shape, np.float32)
+    if prior is not None and ballots.listed_Q.any():
+        listed = ballots.listed_Q
+        result[listed] = prior.predict(traits_QOT[listed], ballots.open_QO[listed])
+    return np.maximum(result, NEVER)
+
+
+def fit_stack(
+    recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str], None] = lambda _: None
+) -> Stack:
+    """Learns from ``rows`` only. Raises ConfigError."""
+    rows = usable(recorded, rows)
+    if len(rows) < 2 * FOLDS:
+        raise ConfigError(f"{len(rows)} questions are too few to fit a stack on; at least {2 * FOLDS} are needed.")
+    ballots, gold = recorded.ballots.take(rows), recorded.gold_Q[rows]
+    traits = recorded.traits_QOT[rows]
+    mean, scale = word_scales(ballots)
+    words = np.clip((ballots.words_QEW - mean) / scale, -3, 3) * wish.with_words
+    on_step("the options' prior")
+    folds = split_folds(len(rows), wish.seed, FOLDS)
+    prior, held_prior = _fit_priors(ballots, traits, gold, folds, wish)
+    ballots = replace(ballots, words_QEW=words, prior_QO=held_prior)
+    on_step("the logit, fold by fold")
+    tasks = len(recorded.tasks)
+    models = _fit_folds(ballots, gold, folds, tasks, (), wish)
+    on_step("the order to ask in")
+    order = greedy_order(ballots, gold, models, folds)
+    on_step("the logit again, with that order")
+    models = _fit_folds(ballots, gold, folds, tasks, order, wish)
+    curve = stopping_curve(*along(ballots, gold, models, folds, order))
+    logit = fit_logit(ballots, gold, tasks=tasks, panels=_PANELS, seed=wish.seed, order=order, largest=_LONGEST)
+    return Stack(
+        logit=logit,
+        prior=prior,
+        word_mean_EW=mean,
+        word_scale_W=scale,
+        order=order,
+        threshold=threshold_for(curve, wish.calls),
+        curve_XN=curve,
+    )
+
+
+def word_scales(ballots: Ballots) -> tuple[Array, Array]:
+    """Words are compared with what their expert usually writes."""
+    words, asked = ballots.words_QEW, ballots.asked_QE[..., None]
+    mean = (words * asked).sum(axis=0) / np.maximum(asked.sum(axis=0), 1)
+    spread = ((words - mean) ** 2 * asked).sum(axis=(0, 1)) / max(int(asked.sum()), 1)
+    return mean, np.sqrt(spread) + 0.05
+
+
+Folds = list[tuple[Array, Array]]
+
+
+def _fit_priors(
+    ballots: Ballots, traits: Array, gold: Array, folds: Folds, wish: Wish
+) -> tuple[Prior | None, Array]:
+    """The prior for later questions, and each question's own by a network that did not see it."""
+    listed = ballots.listed_Q
+    held = np.zeros(ballots.open_QO.shape, np.float32)
+    if not wish.with_prior or not listed.any():
+        return None, held
+
+    def fit(part: Array) -> Prior:
+        part = part[listed[part]]
+        return Prior.fit(traits[part], ballots.open_QO[part], gold[part], wish.seed)
+
+    for kept, out in folds:
+        if listed[kept].any():
+            held[out] = prior_of(fit(kept), ballots.take(out), traits[out])
+    return fit(np.arange(len(gold))), held
+
+
+def _fit_folds(
+    ballots: Ballots, gold: Array, folds: Folds, tasks: int, order: tuple[int, ...], wish: Wish
+) -> list[Logit]:
+    return [
+        fit_logit(
+            ballots.take(kept),
+            gold[kept],
+            tasks=tasks,
+            panels=_PANELS,
+            seed=wish.seed,
+            order=order,
+            largest=_LONGEST,
+        )
+        for kept, _ in folds
+    ]
+
+
+def greedy_order(ballots: Ballots, gold: Array, models: list[Logit], folds: Folds) -> tuple[int, ...]:
+    """Each next expert is the one that adds most to those before him, on questions held out."""
+    experts, chosen = ballots.votes_QE.shape[1], list[int]()
+    parts = [(model, ballots.take(out), gold[out]) for model, (_, out) in zip(models, folds, strict=True)]
+    while len(chosen) < min(experts, _LONGEST):
+        scores = {
+            e: sum(int(hits(model, part, right, [*chosen, e]).sum()) for model, part, right in parts)
+            for e in range(experts)
+            if e not in chosen
+        }
+        chosen.append(max(scores, key=scores.__getitem__))
+    return tuple(chosen)
+
+
+def hits(model: Logit, ballots: Ballots, gold: Array, panel: list[int]) -> Array:
+    chosen, _ = decide(model, hear(ballots, panel))
+    result: Array = chosen == gold
+    return result
+
+
+def hear(ballots: Ballots, panel: list[int] | tuple[int, ...]) -> Ballots:
+    heard = np.zeros((1, ballots.votes_QE.shape[1]), np.bool_)
+    heard[0, list(panel)] = True
+    return ballots.hearing(heard)
+
+
+def decide(model: Logit, ballots: Ballots) -> tuple[Array, Array]:
+    """The likeliest of the options that somebody chose, -1 for none; and its posterior, 0 then."""
+    posterior = np.where(said_by_any(ballots.votes_QE, ballots.open_QO.shape[1]), model.posterior(ballots), 0.0)
+    best = posterior.max(axis=1)
+    return np.where(best > 0, posterior.argmax(axis=1), -1), best
+
+
+def along(
+    ballots: Ballots, gold: Array, models: list[Logit], folds: Folds, order: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Confidence, and whether the answer is right, after each place of the order: two (Q, K), held out."""
+    sure, right = np.zeros((len(gold), len(order))), np.zeros((len(gold), len(order)), np.bool_)
+    for model, (_, out) in zip(models, folds, strict=True):
+        sure[out], right[out] = walk(model, ballots.take(out), gold[out], order)
+    return sure, right
+
+
+def walk(model: Logit, ballots: Ballots, gold: Array, order: tuple[int, ...]) -> tuple[Array, Array]:
+    sure, right = np.zeros((len(gold), len(order))), np.zeros((len(gold), len(order)), np.bool_)
+    for place in range(len(order)):
+        chosen, sure[:, place] = decide(model, hear(ballots, order[: place + 1]))
+        right[:, place] = chosen == gold
+    return sure, right
+
+
+def stops(sure_QK: Array, threshold: float) -> Array:
+    """The place in the order where each question is left alone."""
+    enough = sure_QK >= threshold
+    enough[:, -1] = True
+    result: Array = enough.argmax(axis=1)
+    return result
+
+
+def stopping_curve(sure_QK: Array, right_QK: Array) -> Array:
+    rows = np.arange(len(sure_QK))
+    curve = []
+    for threshold in np.round(np.arange(0.0, 1.001, 0.01), 2):
+        places = stops(sure_QK, float(threshold))
+        curve.append([threshold, (places + 1).mean(), right_QK[rows, places].mean()])
+    return np.array(curve)
+
+
+def threshold_for(curve_XN: Array, calls: float) -> float:
+    """The threshold of the best held-out accuracy among those that keep to ``calls`` on average; the lowest of equals."""
+    kept = curve_XN[curve_XN[:, 1] <= calls]
+    if not len(kept):
+        raise ConfigError(f"A question costs at least one call; a mean of {calls:g} is impossible.")
+    return float(kept[kept[:, 2].argmax(), 0])

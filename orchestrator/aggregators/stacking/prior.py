@@ -1,0 +1,84 @@
+"""The options' prior: how often options that stand out so were the right one, by a small network.
+
+One hidden layer, softmax over the options of a question, fitted by L-BFGS with weight decay; two starting points are
+averaged. Legend: Q questions, O options, T traits, H hidden units, M members, R options of all questions in a row.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from routers.learned.minimise import minimise
+from routers.records import Array
+
+_HIDDEN, _MEMBERS, _STEPS = 16, 2, 80
+_DECAY = 4.0
+NEVER = -14.0
+"""Logarithm of the probability of an option that there is not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prior:
+    """``mean_T`` and ``scale_T`` bring the traits to one scale."""
+
+    mean_T: Array
+    scale_T: Array
+    inner_MTH: Array
+    bias_MH: Array
+    outer_MH: Array
+
+    @classmethod
+    def fit(cls, traits_QOT: Array, open_QO: Array, right_Q: Array, seed: int) -> Self:
+        """``open_QO`` says which options there are, ``right_Q`` which of them is right."""
+        rows_RT = traits_QOT[open_QO]
+        mean, scale = rows_RT.mean(axis=0), rows_RT.std(axis=0) + 1e-3
+        inputs_RT, rng = ((rows_RT - mean) / scale).astype(np.float32), np.random.default_rng(seed)
+        members = [_fit_one(inputs_RT, open_QO, right_Q, rng) for _ in range(_MEMBERS)]
+        inner, bias, outer = (np.stack(part).astype(np.float32) for part in zip(*members, strict=True))
+        return cls(mean_T=mean, scale_T=scale, inner_MTH=inner, bias_MH=bias, outer_MH=outer)
+
+    def predict(self, traits_QOT: Array, open_QO: Array) -> Array:
+        """Logarithms of probabilities, (Q, O); NEVER where there is no option."""
+        inputs_RT = (traits_QOT[open_QO] - self.mean_T) / self.scale_T
+        chances = np.zeros(open_QO.shape)
+        for inner, bias, outer in zip(self.inner_MTH, self.bias_MH, self.outer_MH, strict=True):
+            chances += softmax(_spread(np.tanh(inputs_RT @ inner + bias) @ outer, open_QO))
+        result: Array = np.where(open_QO, np.log(np.maximum(chances / len(self.outer_MH), 1e-6)), NEVER)
+        return result.astype(np.float32)
+
+
+def softmax(logits_QO: Array) -> Array:
+    """Over the options; one with a logit of minus infinity gets nothing."""
+    raised = np.exp(logits_QO - logits_QO.max(axis=-1, keepdims=True))
+    result: Array = raised / raised.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _spread(values_R: Array, open_QO: Array) -> Array:
+    spread = np.full(open_QO.shape, -np.inf)
+    spread[open_QO] = values_R
+    return spread
+
+
+def _fit_one(inputs_RT: Array, open_QO: Array, right_Q: Array, rng: np.random.Generator) -> list[Array]:
+    width = inputs_RT.shape[1]
+    start = [rng.normal(0, width**-0.5, (width, _HIDDEN)), np.zeros(_HIDDEN), rng.normal(0, 0.1, _HIDDEN)]
+    target_QO = np.arange(open_QO.shape[1]) == right_Q[:, None]
+    return minimise(start, lambda w: _loss(w, inputs_RT, open_QO, target_QO), steps=_STEPS)
+
+
+def _loss(weights: list[Array], inputs_RT: Array, open_QO: Array, target_QO: Array) -> tuple[float, list[Array]]:
+    inner, bias, outer = (w.astype(np.float32) for w in weights)
+    hidden_RH = np.tanh(inputs_RT @ inner + bias)
+    chances_QO = softmax(_spread(hidden_RH @ outer, open_QO))
+    loss = -np.log(np.maximum(chances_QO[target_QO], 1e-12)).sum()
+    loss += _DECAY / 2 * sum(float((w**2).sum()) for w in (weights[0], weights[2]))
+    error_R = (chances_QO - target_QO)[open_QO].astype(np.float32)
+    back_RH = error_R[:, None] * outer * (1 - hidden_RH**2)
+    gradients = [
+        inputs_RT.T @ back_RH + _DECAY * weights[0],
+        back_RH.sum(axis=0),
+        hidden_RH.T @ error_R + _DECAY * weights[2],
+    ]
+    return float(loss), gradients

@@ -1,0 +1,313 @@
+"""The stack's model and its fit: on pools whose truth is planted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.errors import ConfigError
+from orchestrator.aggregators.stacking import artefact
+from orchestrator.aggregators.stacking.build import (
+    Stack,
+    Wish,
+    decide,
+    fit_stack,
+    hear,
+    stopping_curve,
+    stops,
+    threshold_for,
+)
+from orchestrator.aggregators.stacking.fitting import fit_logit, random_panels
+from orchestrator.aggregators.stacking.model import Ballots, Logit
+from orchestrator.aggregators.stacking.options import TRAITS, option_traits
+from orchestrator.aggregators.stacking.prior import Prior, softmax
+from orchestrator.aggregators.stacking.recorded import Recorded, read_recorded, rows_of
+from orchestrator.aggregators.stacking.words import WORDS, answer_words, checked_sums
+from tests.orchestrator.planted import RATES, write_pool
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return read_recorded(write_pool(tmp_path_factory.mktemp("pool")))
+
+
+@pytest.fixture(scope="module")
+def fitted(planted: Recorded) -> artefact.Fitted:
+    return artefact.fit(planted, rows_of(planted, ["train", "val"]), Wish(calls=2.0))
+
+
+def ballots(votes: list[list[int]], options: int = 4) -> Ballots:
+    votes_QE = np.array(votes)
+    count = len(votes)
+    is_open = np.ones((count, options + 1), np.bool_)
+    is_open[:, -1] = False
+    return Ballots(
+        votes_QE=votes_QE,
+        asked_QE=np.ones(votes_QE.shape, np.bool_),
+        words_QEW=np.zeros((*votes_QE.shape, 1)),
+        open_QO=is_open,
+        prior_QO=np.zeros(is_open.shape),
+        tasks_Q=np.zeros(count, np.int64),
+        listed_Q=np.ones(count, np.bool_),
+    )
+
+
+def planted_votes(worth: list[float], count: int, options: int = 4) -> tuple[Ballots, np.ndarray]:
+    """Votes whose likelihood is the logit's own with these worths: right with odds e^w to each wrong option."""
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, options, count)
+    rates = [np.exp(w) / (np.exp(w) + options - 1) for w in worth]
+    wrong = [(gold + rng.integers(1, options, count)) % options for _ in worth]
+    votes = [np.where(rng.random(count) < r, gold, other) for r, other in zip(rates, wrong, strict=True)]
+    return ballots(np.array(votes).T.tolist(), options), gold
+
+
+def test_the_logit_recovers_planted_weights() -> None:
+    worth = [2.0, 1.0, 0.0]
+    many, gold = planted_votes(worth, 6000)
+    logit = fit_logit(many, gold, tasks=1, panels=2, seed=0)
+    full = logit.strength(many)[0] * (logit.worth_E + logit.in_task_CE[0])
+    assert full == pytest.approx(worth, abs=0.15)
+    assert abs(logit.shape[0]) < 0.1, "independent experts are not damped"
+
+
+def test_experts_that_copy_each_other_are_damped() -> None:
+    one, gold = planted_votes([1.0], 3000)
+    copies = replace(
+        one,
+        votes_QE=np.repeat(one.votes_QE, 4, axis=1),
+        asked_QE=np.repeat(one.asked_QE, 4, axis=1),
+        words_QEW=np.repeat(one.words_QEW, 4, axis=1),
+    )
+    assert fit_logit(copies, gold, tasks=1, panels=2, seed=0).shape[0] > 0.7
+
+
+def test_the_gradient_is_the_losss_slope() -> None:
+    from orchestrator.aggregators.stacking.fitting import _loss, _Votes
+
+    rng = np.random.default_rng(1)
+    many, gold = planted_votes([1.0, 0.5, 0.2], 40)
+    many = replace(
+        many,
+        words_QEW=rng.normal(size=(40, 3, 2)),
+        prior_QO=rng.normal(size=many.open_QO.shape),
+        listed_Q=np.arange(40) % 2 == 0,
+        open_QO=many.open_QO | (np.arange(40) % 2 == 1)[:, None],
+    ).hearing(random_panels(40, 3, seed=0))
+    weights = [rng.normal(size=s) for s in ((3,), (2, 3), (2,), (5,))]
+    right = many.right(gold)
+    votes = _Votes.of(many)
+    _, gradients = _loss(weights, votes, right, 0.5)
+    for place, weight in enumerate(weights):
+        for index in np.ndindex(weight.shape):
+            shifted = [[w.copy() for w in weights] for _ in range(2)]
+            shifted[0][place][index] -= 1e-5
+            shifted[1][place][index] += 1e-5
+            below, above = (_loss(w, votes, right, 0.5)[0] for w in shifted)
+            assert (above - below) / 2e-5 == pytest.approx(gradients[place][index], abs=1e-4)
+
+
+def test_the_priors_gradient_is_its_losss_slope() -> None:
+    from orchestrator.aggregators.stacking.prior import _loss
+
+    rng = np.random.default_rng(2)
+    is_open = np.ones((6, 3), np.bool_)
+    is_open[0, 2] = False
+    inputs = rng.normal(size=(int(is_open.sum()), 4)).astype(np.float32)
+    target = np.arange(3) == np.zeros(6, np.int64)[:, None]
+    weights = [rng.normal(size=s) for s in ((4, 5), (5,), (5,))]
+    _, gradients = _loss(weights, inputs, is_open, target)
+    for place, weight in enumerate(weights):
+        index = (0,) * weight.ndim
+        shifted = [[w.copy() for w in weights] for _ in range(2)]
+        shifted[0][place][index] -= 1e-2
+        shifted[1][place][index] += 1e-2
+        below, above = (_loss(w, inputs, is_open, target)[0] for w in shifted)
+        assert (above - below) / 2e-2 == pytest.approx(gradients[place][index], rel=0.02, abs=0.02)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.permutations(range(4)), st.lists(st.integers(-1, 3), min_size=4, max_size=4))
+def test_the_order_of_experts_does_not_matter(order: list[int], votes: list[int]) -> None:
+    logit = Logit(
+        worth_E=np.array([1.0, 0.5, 0.2, -0.1]),
+        in_task_CE=np.zeros((1, 4)),
+        words_W=np.zeros(1),
+        shape=np.array([0.3, 0.5, 0.1, 0, 0]),
+    )
+    turned = replace(logit, worth_E=logit.worth_E[order], in_task_CE=logit.in_task_CE[:, order])
+    straight = logit.posterior(ballots([votes]))
+    assert turned.posterior(ballots([[votes[i] for i in order]])) == pytest.approx(straight)
+    assert straight.sum() == pytest.approx(1)
+
+
+def test_an_expert_not_heard_counts_for_nothing(fitted: artefact.Fitted, planted: Recorded) -> None:
+    rows = rows_of(planted, ["test"])
+    asked = fitted.stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows])
+    other = replace(asked, votes_QE=asked.votes_QE.copy())
+    other.votes_QE[:, 3] = 0
+    posterior = [fitted.stack.logit.posterior(hear(b, [0, 1])) for b in (asked, other)]
+    assert np.array_equal(*posterior)
+
+
+def test_the_best_expert_is_asked_first_and_beaten(fitted: artefact.Fitted, planted: Recorded) -> None:
+    assert fitted.expert_ids[fitted.stack.order[0]] == "ace"
+    rows = rows_of(planted, ["test"])
+    chosen, _ = decide(
+        fitted.stack.logit, fitted.stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows])
+    )
+    best = planted.records.scores_QE[rows].mean(axis=0).max()
+    assert (chosen == planted.gold_Q[rows]).mean() >= best - 0.02
+    assert list(RATES)[fitted.stack.logit.worth_E.argmin()] == "noise"
+
+
+def test_calls_grow_with_the_threshold_and_keep_to_the_budget(fitted: artefact.Fitted) -> None:
+    curve = fitted.stack.curve_XN
+    assert (np.diff(curve[:, 1]) >= 0).all()
+    for calls in (1.0, 1.5, 2.0, 3.0):
+        threshold = threshold_for(curve, calls)
+        assert curve[curve[:, 0] == threshold, 1] <= calls
+    assert fitted.stack.threshold == threshold_for(curve, 2.0)
+    with pytest.raises(ConfigError, match="at least one call"):
+        threshold_for(curve, 0.5)
+
+
+def test_a_question_is_left_alone_once_it_is_sure() -> None:
+    sure = np.array([[0.9, 0.9, 0.9], [0.2, 0.8, 0.9], [0.1, 0.1, 0.1]])
+    assert stops(sure, 0.7).tolist() == [0, 1, 2]
+    curve = stopping_curve(sure, np.ones((3, 3), np.bool_))
+    assert curve[0, 1] == 1 and curve[-1, 1] == 3
+
+
+def test_a_prior_is_never_that_of_a_network_which_saw_the_question(
+    planted: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question's own traits are marked; a network that was fitted on it would recognise the mark."""
+    from orchestrator.aggregators.stacking import build
+
+    traits = planted.traits_QOT.copy()
+    traits[:, :, 0] = np.arange(len(traits))[:, None]
+    seen: list[set[int]] = []
+
+    class Spy(Prior):
+        @classmethod
+        def fit(cls, traits_QOT, open_QO, right_Q, seed):  # type: ignore[no-untyped-def]
+            seen.append(set(traits_QOT[:, 0, 0].astype(int).tolist()))
+            fitted = Prior.fit(traits_QOT, open_QO, right_Q, seed)
+            spy = Spy(**{name: getattr(fitted, name) for name in Prior.__dataclass_fields__})
+            object.__setattr__(spy, "own", seen[-1])
+            return spy
+
+        def predict(self, traits_QOT, open_QO):  # type: ignore[no-untyped-def]
+            asked = set(traits_QOT[:, 0, 0].astype(int).tolist())
+            assert not asked & seen[len(predicted)], "predicted for a question that it was fitted on"
+            predicted.append(len(asked))
+            return Prior.predict(self, traits_QOT, open_QO)
+
+    predicted: list[int] = []
+    monkeypatch.setattr(build, "Prior", Spy)
+    monkeypatch.setattr("orchestrator.aggregators.stacking.prior._STEPS", 2)
+    rows = rows_of(planted, ["train"])
+    fit_stack(replace(planted, traits_QOT=traits), rows, Wish())
+    assert sum(predicted) == len(rows) and len(seen) == build.FOLDS + 1
+
+
+def test_it_comes_back_from_disk_the_same(fitted: artefact.Fitted, planted: Recorded, tmp_path: Path) -> None:
+    artefact.save(fitted, tmp_path)
+    again = artefact.load(tmp_path)
+    rows = rows_of(planted, ["test"])
+
+    def posterior(stack: Stack) -> np.ndarray:
+        return stack.logit.posterior(stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows]))
+
+    assert np.array_equal(posterior(again.stack), posterior(fitted.stack))
+    assert (again.expert_ids, again.stack.order, again.tasks) == (fitted.expert_ids, fitted.stack.order, fitted.tasks)
+
+
+def test_two_fits_are_the_same_to_the_bit(fitted: artefact.Fitted, planted: Recorded) -> None:
+    again = fit_stack(planted, rows_of(planted, ["train", "val"]), Wish(calls=2.0))
+    assert np.array_equal(again.logit.worth_E, fitted.stack.logit.worth_E)
+    assert np.array_equal(again.curve_XN, fitted.stack.curve_XN)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape"])
+def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, damage: str) -> None:
+    stack = fitted.stack
+    if damage == "nan":
+        stack = replace(stack, logit=replace(stack.logit, worth_E=stack.logit.worth_E * np.nan))
+    if damage == "shape":
+        stack = replace(stack, logit=replace(stack.logit, worth_E=stack.logit.worth_E[:-1]))
+    artefact.save(replace(fitted, stack=stack), tmp_path)
+    if damage == "missing":
+        (tmp_path / artefact.HEAD).unlink()
+    if damage == "cut":
+        body = (tmp_path / artefact.BODY).read_bytes()
+        (tmp_path / artefact.BODY).write_bytes(body[: len(body) // 2])
+    if damage == "version":
+        head = (tmp_path / artefact.HEAD).read_text().replace('"version": 1', '"version": 99')
+        (tmp_path / artefact.HEAD).write_text(head)
+    with pytest.raises(ConfigError, match="collegium build stack"):
+        artefact.load(tmp_path)
+
+
+def test_cached_features_are_those_that_were_read(planted: Recorded, tmp_path: Path) -> None:
+    folder = write_pool(tmp_path / "pool")
+    for _ in range(2):
+        again = read_recorded(folder, cache=tmp_path / "cache")
+        assert np.array_equal(again.ballots.words_QEW, planted.ballots.words_QEW)
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(b"broken")
+    assert np.array_equal(read_recorded(folder, cache=tmp_path / "cache").gold_Q, planted.gold_Q)
+
+
+def test_open_questions_have_the_answers_given_as_options_and_none_of_them(tmp_path: Path) -> None:
+    folder = write_pool(tmp_path, questions=40)
+    import gzip
+
+    import orjson
+
+    path = folder / "questions.jsonl.gz"
+    rows = [orjson.loads(line) | {"options": None} for line in gzip.open(path)]
+    with gzip.GzipFile(path, "wb", mtime=0) as out:
+        out.writelines(orjson.dumps(row) + b"\n" for row in rows)
+    recorded = read_recorded(folder)
+    assert not recorded.ballots.listed_Q.any()
+    none = recorded.ballots.open_QO.shape[1] - 1
+    wrong = recorded.records.scores_QE.max(axis=1) == 0
+    assert (recorded.gold_Q[wrong] == none).all()
+    assert (recorded.gold_Q[~wrong] < none).all()
+    heard = hear(recorded.ballots, [3])
+    assert (heard.open_QO.sum(axis=1) <= 2).all()
+    stack = fit_stack(recorded, rows_of(recorded, ["train"]), Wish())
+    assert stack.prior is None
+
+
+def test_too_few_questions_are_refused(planted: Recorded) -> None:
+    with pytest.raises(ConfigError, match="too few"):
+        fit_stack(planted, np.arange(5), Wish())
+    with pytest.raises(ConfigError, match="no question says"):
+        fit_stack(replace(planted, gold_Q=np.full_like(planted.gold_Q, -1)), np.arange(50), Wish())
+
+
+def test_sums_in_a_text_are_checked() -> None:
+    assert checked_sums("3 * 60 = 180 and 2+2=5, 7/0 = 1; 1,000 - 1 = 999 so 3*60=<<3*60=180>>180") == (3, 1)
+
+
+def test_words_stand_up_to_anything() -> None:
+    for text in ("", " ", "=" * 10_000, "1+" * 50_000, "9" * 100_000, "\udcff", "the answer is"):
+        words = answer_words(text, text, text, (text,))
+        assert words.shape == (len(WORDS),) and np.isfinite(words).all()
+
+
+@given(st.lists(st.text(max_size=30), min_size=2, max_size=12), st.text(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_traits_are_finite_whatever_the_options(options: list[str], question: str) -> None:
+    traits = option_traits(options, question)
+    assert traits.shape == (len(options), len(TRAITS)) and np.isfinite(traits).all()
+
+
+def test_softmax_gives_nothing_to_what_is_not_there() -> None:
+    assert softmax(np.array([[0.0, -np.inf, 0.0]])).tolist() == [[0.5, 0.0, 0.5]]
