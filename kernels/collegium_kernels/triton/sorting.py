@@ -1,0 +1,83 @@
+"""The dispatch as a counting sort on the device: which row each pair is, and which tiles the rows are cut in.
+
+Legend: P pairs, E experts, N tiles, C pairs of a chunk. Two launches around a running sum, or one when a single chunk
+holds all pairs. Nothing is read back. Ids outside [0, E) get no row. Blocks of (C, E) are compared in registers.
+"""
+
+# mypy: ignore-errors
+# Triton compiles these: their types are not Python's.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["P", "E", "chunks"], do_not_specialize_on_alignment=["ids_ptr", "counts_ptr"])
+def count_kernel(ids_ptr, counts_ptr, P, E, chunks, C: tl.constexpr, E_UP: tl.constexpr):
+    """counts (E, chunks): how many of each chunk's pairs go to each expert."""
+    chunk = tl.program_id(0)
+    pairs = chunk * C + tl.arange(0, C)
+    ids = tl.load(ids_ptr + pairs, mask=pairs < P, other=-1)
+    experts = tl.arange(0, E_UP)
+    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + experts * chunks + chunk, counts, mask=experts < E)
+
+
+@triton.jit(
+    do_not_specialize=["P", "E", "N", "chunks", "rows", "K"],
+    do_not_specialize_on_alignment=["ids_ptr", "ends_ptr", "tokens_ptr", "pair_ptr", "token_ptr", "tile_ptr"],
+)
+def place_kernel(
+    ids_ptr,  # (P,)
+    ends_ptr,  # (E, chunks) running sum of the counts; not read with ONE
+    tokens_ptr,  # (P,) the token of each pair; not read with K
+    pair_ptr,  # out (P,): the pair of each row
+    token_ptr,  # out (P,): the token of each row
+    tile_ptr,  # out (3, N): expert, first row, row after the last
+    P,
+    E,
+    N,
+    chunks,
+    rows,
+    K,  # pairs of each token, or 0
+    C: tl.constexpr,
+    E_UP: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    places = tl.arange(0, C)
+    experts = tl.arange(0, E_UP)
+    pairs = places if ONE else chunk * C + places
+    ids = tl.load(ids_ptr + pairs, mask=pairs < P, other=-1)
+    if ONE:
+        counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
+        ends = tl.cumsum(counts, 0)
+    else:
+        known = experts < E
+        ends = tl.load(ends_ptr + experts * chunks + chunks - 1, mask=known, other=0)
+        before = tl.load(ends_ptr + experts * chunks - 1, mask=known & (experts > 0), other=0)
+        counts = tl.where(known, ends - before, 0)
+    if (chunk == 0) | (not ONE):
+        same = ids[:, None] == ids[None, :]
+        rank = tl.sum((same & (places[None, :] < places[:, None])).to(tl.int32), 1)
+        live = (pairs < P) & (ids >= 0) & (ids < E)
+        if ONE:
+            first = tl.sum(tl.where(ids[:, None] == experts[None, :], (ends - counts)[None, :], 0), 1)
+        else:
+            first = tl.load(ends_ptr + ids * chunks + chunk, mask=live, other=0) - tl.sum(same.to(tl.int32), 1)
+        row = first + rank
+        tl.store(pair_ptr + row, pairs, mask=live)
+        token = pairs // tl.maximum(K, 1)
+        if K == 0:
+            token = tl.load(tokens_ptr + pairs, mask=live, other=0).to(tl.int32)
+        tl.store(token_ptr + row, token, mask=live)
+    tile = chunk * C + places
+    tiles = (counts + rows - 1) // rows
+    last = tl.cumsum(tiles, 0)
+    passed = last[None, :] <= tile[:, None]
+    here = (last - tiles)[None, :] <= tile[:, None]
+    expert = tl.sum(passed.to(tl.int32), 1)
+    start = tl.sum(tl.where(passed, counts[None, :] - tiles[None, :] * rows, 0), 1) + tile * rows
+    end = tl.sum(tl.where(here, counts[None, :], 0), 1)
+    tl.store(tile_ptr + tile, expert, mask=tile < N)
+    tl.store(tile_ptr + N + tile, start, mask=tile < N)
+    tl.store(tile_ptr + 2 * N + tile, tl.minimum(start + rows, end), mask=tile < N)
