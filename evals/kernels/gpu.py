@@ -1,8 +1,8 @@
 """Speed of the experts on a CUDA GPU: ``python -m evals.kernels.gpu`` beside torch, padding and vLLM's Triton kernel.
 
 Prints a table and writes rows.json. Calls are captured in CUDA graphs, one graph going through four routings; the roof
-is this run's own large matrix product and copy. ``--vllm FILE`` is vLLM's ``fused_moe.py``, found by itself where vLLM
-is installed.
+is this run's own large matrix product, and copy or read. ``--vllm FILE`` is vLLM's ``fused_moe.py``, found by itself
+where vLLM is installed.
 Legend: T (also M) tokens, D width, E experts, F expert width, K slots.
 """
 
@@ -87,8 +87,10 @@ def measure_roof() -> Roof:
     source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
     product = min(times_ms(graphed([lambda: a @ b] * 4), 4, budget_ms=300))
-    copy = min(times_ms(graphed([lambda: target.copy_(source)] * 2), 2, budget_ms=200))
-    return Roof(flops=2 * 8192**3 / product * 1e3, bytes_s=2 * 2**31 / copy * 1e3)
+    numbers, total = source.view(torch.float32), target.view(torch.float32)[0]
+    copy = min(times_ms(graphed([lambda: target.copy_(source)] * 2), 2, budget_ms=100))
+    read = min(times_ms(graphed([lambda: torch.sum(numbers, 0, out=total)] * 2), 2, budget_ms=100))
+    return Roof(flops=2 * 8192**3 / product * 1e3, bytes_s=2**31 / min(copy / 2, read) * 1e3)
 
 
 def weights_of(name: str) -> ExpertWeights:
@@ -226,10 +228,10 @@ def ragged_table(roof: Roof, name: str = "OLMoE") -> list[dict[str, Any]]:
     return made
 
 
-def tile_table(roof: Roof, name: str = "OLMoE") -> list[dict[str, Any]]:
+def tile_table(roof: Roof, name: str, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     """Tiles from the histogram beside each fixed size, with even and with skewed loads."""
     weights, made = weights_of(name), []
-    for T in (64, 512, 4096):
+    for T in tokens:
         for skew in (False, True):
             routings = routings_of(name, T, skew=skew)
             makers: dict[str, Any] = {"collegium histogram": partial(ours, weights)}
@@ -301,7 +303,7 @@ def main(arguments: list[str]) -> int:
     if "ragged" in chosen.only:
         result["ragged"] = ragged_table(roof)
     if "tiles" in chosen.only:
-        result["tiles"] = tile_table(roof)
+        result["tiles"] = tile_table(roof, "OLMoE", (64, 256, 512, 4096)) + tile_table(roof, "Mixtral", (256,))
     (chosen.out / "rows.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -25,9 +25,9 @@ from evals.kernels.gpu import graphed, routings_of, times_ms, weights_of
 PROCESSES = 14
 # Shape, tokens and tile rows to try there.
 POINTS = (
-    ("OLMoE", 1, 16), ("OLMoE", 16, 16), ("Mixtral", 16, 16), ("OLMoE", 64, 16), ("OLMoE", 64, 32),
-    ("OLMoE", 256, 32), ("OLMoE", 256, 64), ("Mixtral", 256, 64), ("OLMoE", 1024, 64), ("OLMoE", 1024, 128),
-    ("Qwen3-30B", 4096, 128), ("Qwen3-30B", 16384, 128), ("Qwen3-30B", 16384, 64), ("Mixtral", 1024, 128),
+    ("OLMoE", 1, 16), ("OLMoE", 64, 16), ("OLMoE", 256, 32), ("OLMoE", 256, 64), ("OLMoE", 512, 128),
+    ("Mixtral", 4, 16), ("Mixtral", 256, 64), ("Mixtral", 256, 128), ("Mixtral", 1024, 128),
+    ("Qwen3-30B", 1024, 128), ("Qwen3-30B", 4096, 128), ("Qwen3-30B", 32768, 128),
 )  # fmt: skip
 
 
@@ -46,12 +46,15 @@ def candidates(rows: int) -> Iterator[Pair]:
         for (n, w, s), g, tma in product(((128, 8, 3), (128, 8, 4), (64, 4, 4), (64, 8, 4)), (8,), (True, False))
     ]
     large_gate += [Config(n=128, k=64, warps=8, stages=4, group=g, tma=True) for g in (1, 4, 16)]
-    large_gate += [Config(n=128, k=64, warps=8, stages=3, group=8, tma=True, swap=True)]
+    large_gate += [Config(n=128, k=64, warps=8, stages=s, group=8, tma=True, swap=True) for s in (3, 4)]
+    large_gate += [Config(n=128, k=128, warps=8, stages=2, group=8, tma=True)]
     large_down = [
         Config(n=n, k=64, warps=w, stages=s, group=g, tma=tma)
         for (n, w, s), g, tma in product(((256, 8, 3), (256, 8, 4), (128, 8, 4), (128, 4, 4)), (8,), (True, False))
     ]
     large_down += [Config(n=256, k=64, warps=8, stages=4, group=g, tma=True) for g in (1, 4, 16)]
+    large_down += [Config(n=256, k=64, warps=8, stages=4, group=8, tma=True, swap=True)]
+    large_down += [Config(n=128, k=128, warps=8, stages=3, group=8, tma=True)]
     gates, downs = (small, small) if rows < 64 else (large_gate, large_down)
     if rows == 64:
         gates, downs = large_gate + small, large_down + small

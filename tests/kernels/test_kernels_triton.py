@@ -15,7 +15,7 @@ from collegium_kernels.backends import ExpertWeights, choose
 from collegium_kernels.ragged import Routing, from_topk, rectangular, static_from_topk
 from collegium_kernels.reference import reference_moe
 from collegium_kernels.triton.backend import TritonBackend
-from collegium_kernels.triton.plan import TINY_PAIRS, choose_rows, plan
+from collegium_kernels.triton.plan import CHUNK, choose_rows, plan
 from collegium_kernels.triton.table import HOPPER, Config, Pair
 
 Make = Callable[..., Any]
@@ -40,7 +40,7 @@ def test_the_kernels_in_the_interpreter() -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "38 passed, 16 skipped" in done.stdout
+    assert "43 passed, 16 skipped" in done.stdout
 
 
 def run(
@@ -117,10 +117,10 @@ def test_nan_in_unselected_experts_and_company_change_nothing(make_experts: Make
 
 
 @interpreted
-@pytest.mark.parametrize("P", [TINY_PAIRS + 1, 200, 300])
+@pytest.mark.parametrize("P", [1, 17, CHUNK, CHUNK + 1, 300])
 @pytest.mark.parametrize("static", [False, True])
 def test_the_sort_on_the_device_is_torchs(P: int, static: bool) -> None:
-    """Chunks of 128 pairs: one, two, three of them. Ids that are no experts get no row."""
+    """One chunk, two and more. Ids that are no experts get no row."""
     ids, weights = torch.randint(-1, 8, (P, 1)), torch.rand(P, 1)
     routing = there((static_from_topk if static else from_topk)(ids, weights, num_experts=7))
     mine, wanted = (plan(routing, rows=16, on_device=on_device) for on_device in (True, False))
@@ -128,9 +128,18 @@ def test_the_sort_on_the_device_is_torchs(P: int, static: bool) -> None:
     assert torch.equal(mine.expert_N < 7, used)
     for name in ("expert_N", "start_N", "end_N"):
         assert torch.equal(getattr(mine, name)[used].long(), getattr(wanted, name)[used])
-    rows = int(wanted.end_N[used].max())
+    rows = int(wanted.end_N[used].max()) if used.any() else 0
     for name in ("pairs_P", "tokens_P"):
         assert torch.equal(getattr(mine, name)[:rows].long(), getattr(wanted, name)[:rows])
+
+
+@interpreted
+def test_many_chunks_are_summed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collegium_kernels.triton.plan.COMPARED", 128)
+    routing = there(from_topk(torch.randint(-1, 6, (150, 2)), torch.rand(150, 2), num_experts=5))
+    mine, wanted = (plan(routing, rows=16, on_device=on_device) for on_device in (True, False))
+    rows = int(wanted.end_N[wanted.expert_N < 5].max())
+    assert torch.equal(mine.pairs_P[:rows].long(), wanted.pairs_P[:rows])
 
 
 @cuda
@@ -201,7 +210,7 @@ def test_wild_ids_and_offsets_on_the_gpu_touch_nothing_else(make_experts: Make) 
         assert torch.equal(layer(x[:T], wild), layer(x[:T], kept))
 
 
-@pytest.mark.parametrize("P", [1, TINY_PAIRS, TINY_PAIRS + 1, 200])
+@pytest.mark.parametrize("P", [1, 16, 17, 200])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_every_row_is_in_one_tile_of_its_expert(P: int, rows: int) -> None:
     routing = rectangular(torch.randint(0, 6, (P, 1)) % 5, torch.ones(P, 1), num_experts=6)
@@ -220,6 +229,8 @@ def test_tile_size_follows_the_histogram() -> None:
     assert choose_rows([3] * 64) == 16
     assert choose_rows([512] * 8) == 128
     assert choose_rows([1] * 63 + [30]) == 16
+    assert choose_rows([28, 35] * 8) == 64
+    assert choose_rows([60, 70] * 8) == 128
 
 
 def test_without_cuda_it_is_refused_with_the_reason(make_experts: Make) -> None:

@@ -88,7 +88,7 @@ def gate_up_kernel(
         safe = tl.where(inside, columns, 0)
         x_rows = x_ptr + tokens * D
         gate_rows = w_ptr + (expert * 2 * F + safe) * D
-        up_rows = gate_rows + F.to(tl.int64) * D
+        up_rows = w_ptr + (expert * 2 * F + F + safe) * D
         first = (expert * 2 * F).to(tl.int32) + column * BLOCK_N
         gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)

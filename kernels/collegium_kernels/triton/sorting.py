@@ -1,7 +1,8 @@
 """The dispatch as a counting sort on the device: which row each pair is, and which tiles the rows are cut in.
 
-Legend: P pairs, E experts, N tiles, C pairs of a chunk. Two launches around a running sum, or one when a single chunk
-holds all pairs. Nothing is read back. Ids outside [0, E) get no row. Blocks of (C, E) are compared in registers.
+Legend: P pairs, E experts, N tiles, C pairs of a chunk. One launch where a single chunk holds all pairs, else two, with
+a running sum by torch between them where the chunks are many. Nothing is read back. Ids outside [0, E) get no row.
+Blocks of (C, E) and (C, C) are compared in registers.
 """
 
 # mypy: ignore-errors
@@ -24,11 +25,11 @@ def count_kernel(ids_ptr, counts_ptr, P, E, chunks, C: tl.constexpr, E_UP: tl.co
 
 @triton.jit(
     do_not_specialize=["P", "E", "N", "chunks", "rows", "K"],
-    do_not_specialize_on_alignment=["ids_ptr", "ends_ptr", "tokens_ptr", "pair_ptr", "token_ptr", "tile_ptr"],
+    do_not_specialize_on_alignment=["ids_ptr", "counts_ptr", "tokens_ptr", "pair_ptr", "token_ptr", "tile_ptr"],
 )
 def place_kernel(
     ids_ptr,  # (P,)
-    ends_ptr,  # (E, chunks) running sum of the counts; not read with ONE
+    counts_ptr,  # (E, chunks) from count_kernel, or their running sum with SUMMED; not read for one chunk
     tokens_ptr,  # (P,) the token of each pair; not read with K
     pair_ptr,  # out (P,): the pair of each row
     token_ptr,  # out (P,): the token of each row
@@ -41,30 +42,35 @@ def place_kernel(
     K,  # pairs of each token, or 0
     C: tl.constexpr,
     E_UP: tl.constexpr,
-    ONE: tl.constexpr,
+    CHUNKS_UP: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     places = tl.arange(0, C)
     experts = tl.arange(0, E_UP)
-    pairs = places if ONE else chunk * C + places
+    known = experts < E
+    # With one chunk every program counts it, and the first one places its pairs.
+    pairs = places if CHUNKS_UP == 1 else chunk * C + places
     ids = tl.load(ids_ptr + pairs, mask=pairs < P, other=-1)
-    if ONE:
-        counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
-        ends = tl.cumsum(counts, 0)
+    chosen = ids[:, None] == experts[None, :]
+    if CHUNKS_UP == 1:
+        counts = tl.where(known, tl.sum(chosen.to(tl.int32), 0), 0)
+        first = tl.cumsum(counts, 0) - counts
+    elif SUMMED:
+        at = counts_ptr + experts * chunks
+        before = tl.load(at - 1, mask=known & (experts > 0), other=0)
+        counts = tl.where(known, tl.load(at + chunks - 1, mask=known, other=0) - before, 0)
+        first = tl.load(at + chunk - 1, mask=known & (experts + chunk > 0) & (chunk < chunks), other=0)
     else:
-        known = experts < E
-        ends = tl.load(ends_ptr + experts * chunks + chunks - 1, mask=known, other=0)
-        before = tl.load(ends_ptr + experts * chunks - 1, mask=known & (experts > 0), other=0)
-        counts = tl.where(known, ends - before, 0)
-    if (chunk == 0) | (not ONE):
-        same = ids[:, None] == ids[None, :]
-        rank = tl.sum((same & (places[None, :] < places[:, None])).to(tl.int32), 1)
+        each = tl.arange(0, CHUNKS_UP)
+        inside = known[:, None] & (each < chunks)[None, :]
+        of_chunk = tl.load(counts_ptr + experts[:, None] * chunks + each[None, :], mask=inside, other=0)
+        counts = tl.sum(of_chunk, 1)
+        first = tl.cumsum(counts, 0) - counts + tl.sum(tl.where((each < chunk)[None, :], of_chunk, 0), 1)
+    if (chunk == 0) | (CHUNKS_UP > 1):
+        earlier = (ids[:, None] == ids[None, :]) & (places[None, :] < places[:, None])
+        row = tl.sum(tl.where(chosen, first[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
         live = (pairs < P) & (ids >= 0) & (ids < E)
-        if ONE:
-            first = tl.sum(tl.where(ids[:, None] == experts[None, :], (ends - counts)[None, :], 0), 1)
-        else:
-            first = tl.load(ends_ptr + ids * chunks + chunk, mask=live, other=0) - tl.sum(same.to(tl.int32), 1)
-        row = first + rank
         tl.store(pair_ptr + row, pairs, mask=live)
         token = pairs // tl.maximum(K, 1)
         if K == 0:
