@@ -135,7 +135,7 @@ def test_the_sort_on_the_device_is_torchs(P: int, static: bool) -> None:
 
 @interpreted
 def test_many_chunks_are_summed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collegium_kernels.triton.plan.COMPARED", 128)
+    monkeypatch.setattr("collegium_kernels.triton.plan.SUMMED_HERE", 8)
     routing = there(from_topk(torch.randint(-1, 6, (150, 2)), torch.rand(150, 2), num_experts=5))
     mine, wanted = (plan(routing, rows=16, on_device=on_device) for on_device in (True, False))
     rows = int(wanted.end_N[wanted.expert_N < 5].max())

@@ -17,6 +17,9 @@ TILE_COSTS = {16: 1.0, 32: 1.05, 64: 1.2, 128: 1.75}
 # The counting sort compares chunks with all experts in registers; above this many experts torch sorts.
 CHUNK, COMPARED, MOST_EXPERTS = 128, 16384, 1024
 LEAST_CHUNK = 16
+# Up to here each program of the sort sums all counts itself; torch's running sum takes as long as that.
+SUMMED_HERE = 1024
+MOST_WARPS, LEAST_WARPS, COMPARED_A_WARP = 16, 4, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +80,12 @@ def _sorted_in_triton(routing: Routing, rows: int) -> Tiles:
 
     from collegium_kernels.triton import sorting
 
-    P, E = routing.num_pairs, routing.num_experts
+    T, P, E = routing.num_tokens, routing.num_pairs, routing.num_experts
     ids_P, N, experts = routing.expert_ids_P, _bound(P, E, rows), triton.next_power_of_2(E)
     C = max(LEAST_CHUNK, min(CHUNK, COMPARED // experts, triton.next_power_of_2(P)))
-    chunks = triton.cdiv(P, C)
+    chunks = max(1, triton.cdiv(P, C))
     counts_up = triton.next_power_of_2(chunks)
-    summed = experts * counts_up > COMPARED
+    summed = experts * counts_up > SUMMED_HERE
     made = ids_P.new_empty(2 * P + 3 * N, dtype=torch.int32)
     pairs_P, tokens_P, tiles_3N = made[:P], made[P : 2 * P], made[2 * P :]
     counts_EC = made
@@ -90,11 +93,11 @@ def _sorted_in_triton(routing: Routing, rows: int) -> Tiles:
         counts_EC = ids_P.new_empty(E * chunks, dtype=torch.int32)
         sorting.count_kernel[(chunks,)](ids_P, counts_EC, P, E, chunks, C=C, E_UP=experts)
         counts_EC = counts_EC.cumsum(0, dtype=torch.int32) if summed else counts_EC
-    K = P // max(1, routing.num_tokens) if routing.static or routing.fixed_k is not None else 0
-    token_of_P = ids_P if K else routing.tokens_P()
+    K = P // max(1, T) if routing.static or routing.fixed_k is not None else 0
     sorting.place_kernel[(triton.cdiv(max(P, N), C),)](
-        *(ids_P, counts_EC, token_of_P, pairs_P, tokens_P, tiles_3N, P, E, N, chunks, rows, K),
-        C=C, E_UP=experts, CHUNKS_UP=min(2, counts_up) if summed else counts_up, SUMMED=summed,
+        *(ids_P, counts_EC, routing.indptr_T1, pairs_P, tokens_P, tiles_3N),
+        *(T, P, E, N, chunks, rows, K, T.bit_length()),
+        num_warps=max(LEAST_WARPS, min(MOST_WARPS, C * experts // COMPARED_A_WARP)), C=C, E_UP=experts, CHUNKS_UP=min(2, counts_up) if summed else counts_up, SUMMED=summed,
     )  # fmt: skip
     expert_N, start_N, end_N = tiles_3N.view(3, N)
     return Tiles(rows=rows, pairs_P=pairs_P, tokens_P=tokens_P, expert_N=expert_N, start_N=start_N, end_N=end_N)

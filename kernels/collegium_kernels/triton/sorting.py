@@ -23,23 +23,38 @@ def count_kernel(ids_ptr, counts_ptr, P, E, chunks, C: tl.constexpr, E_UP: tl.co
     tl.store(counts_ptr + experts * chunks + chunk, counts, mask=experts < E)
 
 
+@triton.jit
+def _token(indptr_ptr, pairs, T, steps):
+    """The token of each pair: halving the range, ``steps`` times."""
+    low = pairs * 0
+    high = low + T
+    for _ in range(steps):
+        middle = (low + high) // 2
+        after = tl.load(indptr_ptr + tl.minimum(middle + 1, T)) <= pairs
+        low = tl.where(after, tl.minimum(middle + 1, T - 1), low)
+        high = tl.where(after, high, middle)
+    return low
+
+
 @triton.jit(
-    do_not_specialize=["P", "E", "N", "chunks", "rows", "K"],
-    do_not_specialize_on_alignment=["ids_ptr", "counts_ptr", "tokens_ptr", "pair_ptr", "token_ptr", "tile_ptr"],
+    do_not_specialize=["T", "P", "E", "N", "chunks", "rows", "K", "steps"],
+    do_not_specialize_on_alignment=["ids_ptr", "counts_ptr", "indptr_ptr", "pair_ptr", "token_ptr", "tile_ptr"],
 )
 def place_kernel(
     ids_ptr,  # (P,)
     counts_ptr,  # (E, chunks) from count_kernel, or their running sum with SUMMED; not read for one chunk
-    tokens_ptr,  # (P,) the token of each pair; not read with K
+    indptr_ptr,  # (T + 1,) the first pair of each token; not read with K
     pair_ptr,  # out (P,): the pair of each row
     token_ptr,  # out (P,): the token of each row
     tile_ptr,  # out (3, N): expert, first row, row after the last
+    T,
     P,
     E,
     N,
     chunks,
     rows,
     K,  # pairs of each token, or 0
+    steps,  # bits of T
     C: tl.constexpr,
     E_UP: tl.constexpr,
     CHUNKS_UP: tl.constexpr,
@@ -60,7 +75,7 @@ def place_kernel(
         at = counts_ptr + experts * chunks
         before = tl.load(at - 1, mask=known & (experts > 0), other=0)
         counts = tl.where(known, tl.load(at + chunks - 1, mask=known, other=0) - before, 0)
-        first = tl.load(at + chunk - 1, mask=known & (experts + chunk > 0) & (chunk < chunks), other=0)
+        first = tl.load(at + chunk - 1, mask=known & (experts + chunk > 0) & (experts * 0 + chunk < chunks), other=0)
     else:
         each = tl.arange(0, CHUNKS_UP)
         inside = known[:, None] & (each < chunks)[None, :]
@@ -74,7 +89,7 @@ def place_kernel(
         tl.store(pair_ptr + row, pairs, mask=live)
         token = pairs // tl.maximum(K, 1)
         if K == 0:
-            token = tl.load(tokens_ptr + pairs, mask=live, other=0).to(tl.int32)
+            token = _token(indptr_ptr, pairs, T, steps)
         tl.store(token_ptr + row, token, mask=live)
     tile = chunk * C + places
     tiles = (counts + rows - 1) // rows

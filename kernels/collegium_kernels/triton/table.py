@@ -28,11 +28,11 @@ class Pair:
 # counts; at 128 rows the matrix unit. All of them sum a row's products in the same order: the same bits for any tile.
 HOPPER = {
     16: Pair(
-        gate_up=Config(n=64, k=128, warps=4, stages=4, group=4, swap=True, tma=True),
+        gate_up=Config(n=64, k=128, warps=4, stages=3, group=4, swap=True, tma=True),
         down=Config(n=64, k=128, warps=4, stages=3, group=4, swap=True, tma=True),
     ),
     32: Pair(
-        gate_up=Config(n=64, k=128, warps=4, stages=4, group=4, swap=True, tma=True),
+        gate_up=Config(n=128, k=128, warps=8, stages=3, group=4, swap=True, tma=True),
         down=Config(n=64, k=128, warps=4, stages=3, group=4, swap=True, tma=True),
     ),
     64: Pair(
