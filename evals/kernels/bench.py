@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -174,13 +174,13 @@ def _one(shape: Shape, bits: int, T: int, skew: str) -> float:
     return timed({"it": run}, shape, routings, budget_s=3)["it"].min_s * 1e3
 
 
-def other_shapes(roof: Roof) -> list[str]:
+def other_shapes(roof: Roof, names: Collection[str]) -> list[str]:
     lines = ["| shape | M | contender | min ms | median ± MAD ms | of roof |", "|---|---|---|---|---|---|"]
-    for shape in OTHERS:
+    for shape in (s for s in OTHERS if s.name in names):
         runs = {f"ours, int{bits}": contenders.ours(shape, bits, 128) for bits in (8, 4)}
         for T in (1, 16, 256):
             routings = [routing_of(T, shape) for _ in range(2)]
-            for name, times in timed(runs, shape, routings, budget_s=20).items():
+            for name, times in timed(runs, shape, routings, budget_s=8).items():
                 share = max(least_s(shape, r, name[-4:], roof) for r in routings) / times.min_s
                 lines.append(f"| {shape.name} | {T} | {name} | {cell(times)} | {share:.0%} |")
     return lines
@@ -203,22 +203,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench-results/kernels"))
     parser.add_argument("--all-shapes", action="store_true", help="also the other models' shapes")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--only", choices=["headline", "shapes", "plots"], help="one part alone")
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in OTHERS], help="which other models' shapes")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
     core, meter = pin(), RoofMeter()
     before = meter.measure()
-    runs = all_runs(OLMOE)
-    rows, missed = headline(runs, before, OLMOE)
-    more_rows, more_missed = ragged(runs, OLMOE, before)
+    text: list[str] = []
+    missed: list[str] = []
+    if chosen.only in (None, "headline"):
+        runs = all_runs(OLMOE)
+        rows, missed = headline(runs, before, OLMOE)
+        more_rows, more_missed = ragged(runs, OLMOE, before)
+        text, missed = [*rows, "\n## Ragged, M=256\n", *more_rows], missed + more_missed
+    if chosen.only == "shapes" or (chosen.all_shapes and chosen.only is None):
+        text += ["\n## Other shapes\n", *other_shapes(before, chosen.shapes)]
     moved = drifted(before, meter.measure())
-    text = [about(before, core, moved), *rows, "\n## Ragged, M=256\n", *more_rows]
-    missed += more_missed
-    if chosen.all_shapes:
-        text += ["\n## Other shapes\n", *other_shapes(before)]
+    text = [about(before, core, moved), *text]
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "table.md").write_text("\n".join(text) + "\n")
     sys.stdout.write("\n".join([*text, "", *(f"missed: {m}" for m in missed)]) + "\n")
-    if not chosen.no_plots:
+    if chosen.only == "plots" or not (chosen.no_plots or chosen.only):
         scaling(chosen.out)
     return 1 if moved or missed else 0
 

@@ -1,6 +1,8 @@
 """Our experts inside vLLM and transformers beside the stock ones, on a Mixtral upcycled from a small dense model.
 
-``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own.
+``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own. With
+``--transformers`` the same prompts go through transformers' registry of experts, in fp32: there a text differs only
+where the experts do, while two bf16 engines part at the first near tie.
 """
 
 import argparse
@@ -28,6 +30,7 @@ TOPICS = (
     "what DNA is", "the rules of chess", "how a loan works", "what a volcano is", "how plants drink",
 )  # fmt: skip
 TOKENS = 48
+IMPLEMENTATIONS = ("dense", "eager", "collegium", "collegium_int8", "collegium_int4")
 
 
 def prepare(dense_source: Path, work: Path) -> None:
@@ -86,6 +89,42 @@ def run_all(work: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_transformers(work: Path) -> str:
+    """Greedy texts of the dense model and of its upcycled twin with each implementation of the experts."""
+    import torch
+    from collegium_kernels.transformers_experts import register
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    register()
+    tokenizer = AutoTokenizer.from_pretrained(work / "dense", padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    chats = [[{"role": "user", "content": f"Explain in one sentence: {topic}."}] for topic in TOPICS]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts = tokenizer(texts, return_tensors="pt", padding=True)
+    results: dict[str, list[list[int]]] = {}
+    speeds: dict[str, float] = {}
+    for name in IMPLEMENTATIONS:
+        options = {} if name == "dense" else {"experts_implementation": name}
+        folder = work / ("dense" if name == "dense" else "sparse")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        started = time.perf_counter()
+        with torch.no_grad():
+            ids = model.generate(**prompts, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        speeds[name] = len(TOPICS) * TOKENS / (time.perf_counter() - started)
+        results[name] = ids[:, prompts.input_ids.shape[1] :].tolist()
+        del model
+    lines = [
+        "| experts | texts as the dense model's | tokens before the first other one | tokens/s |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in results.items():
+        pairs = list(zip(rows, results["dense"], strict=True))
+        same = sum(a == b for a, b in pairs)
+        agree = sum(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), TOKENS) for a, b in pairs)
+        lines.append(f"| {name} | {same} of {len(pairs)} | {agree / len(pairs):.1f} of {TOKENS} | {speeds[name]:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def _shared(a: str, b: str) -> int:
     """Characters until the first that differs."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -106,6 +145,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a folder with a dense Llama checkpoint")
     parser.add_argument("--work", type=Path, help="where the two checkpoints are kept")
+    parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
@@ -115,7 +155,7 @@ def main(arguments: list[str]) -> None:
         return
     logging.basicConfig(level=logging.INFO)
     prepare(chosen.model, chosen.work)
-    sys.stdout.write(run_all(chosen.work))
+    sys.stdout.write(run_transformers(chosen.work) if chosen.transformers else run_all(chosen.work))
 
 
 if __name__ == "__main__":
