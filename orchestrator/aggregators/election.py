@@ -88,8 +88,6 @@ def is_safe(
 ) -> bool:
     """Whether the leader stays first when all of ``pending`` agree on any one other answer, read already or new."""
     votes = _count(counting(ballots), "counts")
-    if not pending:
-        return True
     # A percentage may yet be read as the number that a later answer gives; see settle_percents.
     if not votes or any(answer.endswith("%") for answer in votes):
         return False
