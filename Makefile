@@ -13,7 +13,7 @@ BREAKABLE := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test check bench bench-routing bench-kernels bench-batch-real clean
+.PHONY: help setup demo test check bench bench-routing bench-kernels bench-batch bench-batch-real clean
 help:
 	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
 	@echo "make test    set up, then everything that CI runs"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   the gateway's speed and memory"
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
 	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
+	@echo "make bench-batch   grouping work by engine, on simulated engines, and what the scheduler costs"
 	@echo "make bench-batch-real   a file of questions over three vLLM engines, grouped and line by line"
 	@echo "make clean   remove what the others made"
 
@@ -62,6 +63,9 @@ bench-routing: $(STAMP)
 
 bench-kernels: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes
+
+bench-batch: $(STAMP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.batching.bench
 
 # Three real vLLM engines, room for one: an hour or more, line by line.
 bench-batch-real: $(STAMP)

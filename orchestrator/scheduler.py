@@ -183,7 +183,7 @@ class Scheduler:
 
     def take_up(self, queue: EngineQueue) -> None:
         """The engine is being loaded: by step(), or because somebody wants it there from the start."""
-        queue.view.state, queue.view.holds = "loading", True
+        queue.view.state, queue.view.holds, queue.view.called = "loading", True, False
 
     def stir(self) -> None:
         """Something has changed that only the driver knows of: the rules, the engines."""
@@ -215,6 +215,8 @@ class Scheduler:
         views = [queue.view for queue in self.queues.values()]
         while (decision := choose(now, views, self.rules)).engine_id is not None or decision.evict:
             self._log(decision)
+            if decision.called is not None:
+                self.queues[decision.called].view.called = True
             for engine_id in decision.evict:
                 self.queues[engine_id].view.state = "draining"
                 self._leaving.append(self.queues[engine_id])

@@ -52,7 +52,8 @@ class EngineView:
 
     ``holds`` says that the engine takes room. ``due_s``: when the first of its waiting calls is due. ``load_s``,
     ``unload_s`` and ``run_s`` (the longest call since the load before the last) are measured, or guessed before.
-    ``rate`` is online arrivals a second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it was loaded.
+    ``rate`` is online arrivals a second, as of ``rate_s``. ``quota`` is how much of its batch work was there when it
+    was loaded. ``called``: another goes for it already, so the room that becomes free is its.
     """
 
     engine_id: str
@@ -70,6 +71,7 @@ class EngineView:
     running_online: int = 0
     running_batch: int = 0
     quota: int = 0
+    called: bool = False
     ready_s: float = 0.0
     batch_s: float = -math.inf
     rate: float = 0.0
@@ -96,10 +98,12 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Load ``engine_id``, or let ``evict`` go; neither: wait. ``wake_s`` is when to ask again if nothing happens."""
+    """Load ``engine_id``, or let ``evict`` go, for ``called`` if it is due; neither: wait. ``wake_s`` is when to ask
+    again if nothing happens."""
 
     engine_id: str | None = None
     evict: tuple[str, ...] = ()
+    called: str | None = None
     reason: str = ""
     wake_s: float = math.inf
 
@@ -120,11 +124,10 @@ def choose(now: float, engines: Sequence[EngineView], rules: Rules) -> Decision:
             return Decision(engine_id=engine.engine_id, reason=f"{urgency}, and there is room")
         if room.will_have(engine):
             continue
-        if urgency is Urgency.NONE and line.tight:
-            break
         allowed = [e for e in ready if _may_go(now, e, engine, urgency, rules)]
         if victims := _victims(now, allowed, room, engine):
-            return Decision(evict=victims, reason=f"for {engine.engine_id}: {urgency}")
+            called = None if urgency is Urgency.NONE else engine.engine_id
+            return Decision(evict=victims, called=called, reason=f"for {engine.engine_id}: {urgency}")
         wake_s = min([wake_s, *(at for e in ready if (at := e.ready_s + rules.min_loaded_s) > now)])
         if urgency is not Urgency.AGED:
             break  # nor for anybody after it
@@ -169,7 +172,7 @@ class _Line:
                 self.wake_s = min(self.wake_s, latest_s - longest_s)
                 return
             start_s = latest_s - (i + moving) // places * swap_s
-            if start_s <= now:
+            if start_s <= now or engine.called:
                 self._late = i + 1
             else:
                 self.wake_s = min(self.wake_s, start_s)
