@@ -13,7 +13,7 @@ BREAKABLE := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test check bench bench-routing bench-kernels bench-batch clean
+.PHONY: help setup demo test check bench bench-routing bench-kernels bench-batch bench-batch-real clean
 help:
 	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
 	@echo "make test    set up, then everything that CI runs"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
 	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
 	@echo "make bench-batch   grouping work by engine, on simulated engines, and what the scheduler costs"
+	@echo "make bench-batch-real   a file of questions over three vLLM engines, grouped and line by line"
 	@echo "make clean   remove what the others made"
 
 setup: $(STAMP)
@@ -66,6 +67,10 @@ bench-kernels: $(STAMP)
 
 bench-batch: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.batching.bench
+
+# Three real vLLM engines, room for one: an hour or more, line by line.
+bench-batch-real: $(STAMP)
+	PYTHONPATH=kernels $(BIN)/python -m evals.batching.real --out build/batching-real
 
 clean:
 	rm -rf $(VENV) build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

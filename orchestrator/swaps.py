@@ -124,8 +124,6 @@ def choose(now: float, engines: Sequence[EngineView], rules: Rules) -> Decision:
             return Decision(engine_id=engine.engine_id, reason=f"{urgency}, and there is room")
         if room.will_have(engine):
             continue
-        if urgency is Urgency.NONE and line.tight:
-            break
         allowed = [e for e in ready if _may_go(now, e, engine, urgency, rules)]
         if victims := _victims(now, allowed, room, engine):
             called = None if urgency is Urgency.NONE else engine.engine_id

@@ -62,7 +62,11 @@ def run(
     loaded = read_config(find_config(config))
     overrides = Overrides(router=router, top_k=top_k, aggregator=aggregator)
     console = make_console()
-    report = asyncio.run(_run(job, loaded, overrides, resident, console))
+    try:
+        report = asyncio.run(_run(job, loaded, overrides, resident, console))
+    except KeyboardInterrupt:
+        console.print("Stopped. What was answered is kept: the same command with --resume goes on.")
+        raise typer.Exit(1) from None
     _say(console, report, job)
 
 

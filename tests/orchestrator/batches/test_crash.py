@@ -1,14 +1,17 @@
 """A batch that is killed after any of its writes, and goes on: nothing lost, nothing twice, nothing asked again."""
 
+import json
 import os
 import resource
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
+import httpx
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from orchestrator.batches.store import Store
 from tests.orchestrator.batches.batch import Batch, config, line
+from tests.orchestrator.served import fake_config, wait_for
 
 LINES = 5
 
@@ -164,6 +168,17 @@ def test_kill_9_and_resume(tmp_path):
     assert (again.returncode, "it was finished" in again.stderr) == (1, True)
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    prepare(tmp_path, ttft_s=0.05)
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("answering: 1"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert (process.returncode, "--resume" in said, "Traceback" in said) == (1, True, False)
+
+
 def test_a_full_disk_is_a_clean_stop(tmp_path):
     """The process may write no file beyond a size, as on a disk without room."""
     batch = prepare(tmp_path, lines=400, text="long " * 500)
@@ -195,3 +210,46 @@ async def test_a_slow_disk_holds_the_calls_back(tmp_path, monkeypatch):
     await batch.run(window=4)
     assert len(batch.rows()) == 60
     assert most[0] <= 4  # what is not on the disk yet keeps its place in the window
+
+
+@contextmanager
+def service(tmp_path, port):
+    """`collegium serve`, ended by kill -9 when the block ends."""
+    command = [sys.executable, "-m", "orchestrator.cli", "serve", "-c", str(tmp_path / "c.yaml"), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+            wait_for(lambda: answers(http, "/readyz"), within_s=60)
+            yield http
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(http, path):
+    try:
+        return http.get(path).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.slow
+def test_the_service_is_killed_and_goes_on(tmp_path):
+    settings = fake_config({"batches": {"path": str(tmp_path / "batches"), "window": 2}}, ttft_s=0.05)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with service(tmp_path, port) as http:
+        lines = "".join(json.dumps(line(f"q{i}")) + "\n" for i in range(60))
+        file = http.post("/v1/files", files={"file": ("in.jsonl", lines)}, data={"purpose": "batch"}).json()
+        body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = http.post("/v1/batches", json=body).json()
+        wait_for(lambda: http.get(f"/v1/batches/{batch['id']}").json()["request_counts"]["completed"] > 5)
+    with service(tmp_path, port) as http:
+        wait_for(lambda: http.get(f"/v1/batches/{batch['id']}").json()["status"] == "completed", within_s=30)
+        done = http.get(f"/v1/batches/{batch['id']}").json()
+        rows = http.get(f"/v1/files/{done['output_file_id']}/content").text.splitlines()
+        calls = http.get("/metrics").text.split('collegium_calls_total{expert="one",outcome="ok"} ')[1].split()[0]
+    assert done["request_counts"] == {"total": 60, "completed": 60, "failed": 0}
+    assert len({json.loads(row)["custom_id"] for row in rows}) == len(rows) == 60
+    assert float(calls) <= 55  # what was answered before is not asked again
