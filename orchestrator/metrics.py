@@ -12,6 +12,7 @@ from orchestrator.resilience import CallRecord
 from orchestrator.run import Run
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+CALLS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 BREAKER = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -32,6 +33,7 @@ class Metrics:
         self._usd = self._counter(name("usd"), "Cost of expert calls in US dollars", "expert")
         self._ttft = self._histogram(name("ttft_seconds"), "First chunk of an expert call", "expert")
         self._call_latency = self._histogram(name("call_latency_seconds"), "Whole expert call", "expert")
+        self._run_calls = self._histogram(name("calls_per_request"), "Expert calls of a request", "policy", of=CALLS)
         self._latency = self._histogram(name("latency_seconds"), "Whole request", "policy")
         self._route = self._histogram(name("route_seconds"), "Routing decision", "router")
 
@@ -58,6 +60,7 @@ class Metrics:
     def ended(self, run: Run) -> None:
         self._requests(run.policy.name, run.error or "ok").inc()
         self._latency(run.policy.name).observe(run.latency_s)
+        self._run_calls(run.policy.name).observe(len(run.calls))
         if run.error:
             self._failures("request", run.error).inc()
 
@@ -73,8 +76,10 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Callable[..., Counter]:
         return lru_cache(maxsize=None)(Counter(name, text, labels, registry=self.registry).labels)
 
-    def _histogram(self, name: str, text: str, *labels: str) -> Callable[..., Histogram]:
-        return lru_cache(maxsize=None)(Histogram(name, text, labels, registry=self.registry, buckets=SECONDS).labels)
+    def _histogram(
+        self, name: str, text: str, *labels: str, of: tuple[float, ...] = SECONDS
+    ) -> Callable[..., Histogram]:
+        return lru_cache(maxsize=None)(Histogram(name, text, labels, registry=self.registry, buckets=of).labels)
 
 
 class Registry(CollectorRegistry):

@@ -12,7 +12,9 @@ from dataclasses import replace
 from experts.base import Expert, collect_choices
 from experts.errors import BadRequest, ConfigError, DeadlineExceeded
 from experts.types import Chunk, ChunkStream, Completion, Request
-from orchestrator.dispatch import Admission, affordable, ask_all, calls_within, chains
+from orchestrator.admission import Admission
+from orchestrator.chains import affordable, calls_within, chains
+from orchestrator.panel import ask_panel
 from orchestrator.run import Ledger, Policy, Run
 from routers.base import RouteDecision
 
@@ -50,7 +52,7 @@ class Orchestrator:
                         run.answer_usage = chunk.usage or run.answer_usage
                         yield chunk
                 return
-            answers = await ask_all(experts, run.request)
+            answers = await ask_panel(experts, run)
             answer = await run.policy.aggregator.aggregate(run.request, run.decision, answers)
             run.answer_usage, run.trace = answer.usage, answer.trace
             yield _as_chunk(answer)

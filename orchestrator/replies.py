@@ -56,6 +56,7 @@ def explanation(run: Run) -> JsonObject:
             }
             for call in run.calls
         ],
+        "unanswered": [{"expert_id": e, "reason": reason} for e, reason in run.unanswered.items()],
         "usage": usage_body(run.usage),
         "answer_usage": usage_body(run.answer_usage),
         "usd": run.usd,

@@ -48,12 +48,20 @@ class Call(BaseModel):
     error: str | None
 
 
+class Unanswered(BaseModel):
+    """A chosen expert whose answer is missing. ``reason`` is an error's code, "late" or "not_needed"."""
+
+    expert_id: str
+    reason: str
+
+
 class Explanation(BaseModel):
     request_id: str
     policy: str
     aggregator: str
     decision: Decision | None
     calls: list[Call]
+    unanswered: list[Unanswered]
     usage: Usage
     answer_usage: Usage
     usd: float

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,7 +22,8 @@ _TIMER_SLACK_S = 0.002  # uvloop's timers count whole milliseconds and may ring 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How a request is answered. ``max_calls`` bounds the experts asked: choices, hedges and fallbacks; asking the
-    same one again after a failure is not counted. ``max_usd`` bounds what all of them together may cost."""
+    same one again after a failure is not counted. ``max_usd`` bounds what all of them together may cost. ``one_by_one``
+    asks one expert after another. Once ``late_s`` have passed, ``quorum`` answers are enough."""
 
     name: str
     router: Router
@@ -30,17 +31,22 @@ class Policy:
     top_k: int = 1
     max_calls: int = 8
     max_usd: float | None = None
+    one_by_one: bool = False
+    quorum: int | None = None
+    late_s: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One request under way, and all that is known of it so far. ``error`` is an error code or "cancelled"."""
+    """One request under way, and all that is known of it so far. ``error`` is an error code or "cancelled";
+    ``unanswered`` says of a chosen expert why its answer is missing among several (see panel)."""
 
     request: Request
     policy: Policy
     decision: RouteDecision | None = None
     routed_s: float | None = None
     calls: list[CallRecord] = field(default_factory=list)
+    unanswered: Mapping[str, str] = field(default_factory=dict)
     answer_usage: Usage = field(default_factory=Usage)
     trace: object = None
     error: str | None = None

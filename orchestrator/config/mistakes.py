@@ -124,3 +124,5 @@ def _in_policy(name: str, config: Config) -> Iterator[str]:
         yield f"policies.{name}.max_calls: {policy.max_calls} is above limits.max_calls, {limit}."
     if policy.top_k > (policy.max_calls or limit):
         yield f"policies.{name}.top_k: {policy.top_k} experts need as many max_calls, not {policy.max_calls or limit}."
+    if (policy.quorum is None) != (policy.late_s is None):
+        yield f"policies.{name}: quorum and late_s go together: how many answers are enough, and after how long."

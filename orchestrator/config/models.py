@@ -151,6 +151,9 @@ class PolicyConfig(Section):
     )
     max_calls: PositiveInt | None = None
     max_usd: PositiveFloat | None = None
+    one_by_one: bool = Field(False, description="Ask one expert after another, and stop when the rest cannot matter.")
+    quorum: PositiveInt | None = Field(None, description="How many answers are enough after late_s.")
+    late_s: PositiveFloat | None = Field(None, description="How long all are waited for before quorum is enough.")
 
 
 class Limits(Section):

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from experts.errors import ConfigError
 from experts.types import Completion, Message, Request, SamplingParams
 from orchestrator.aggregators import AGGREGATORS
+from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.first import First
 from orchestrator.aggregators.vote import Vote, WeightedVote
 from orchestrator.build import make_aggregator
@@ -270,3 +272,98 @@ def test_the_weights_of_votes_sum_to_one(election):
         assert sum(trace["votes"].values()) == pytest.approx(1)
         assert sum(a["weight"] for a in trace["answers"]) == pytest.approx(1)
         assert trace["votes"][trace["winner"]] == max(trace["votes"].values())
+
+
+# settled
+
+
+def is_settled(aggregator, decision, answers, pending, request=None):
+    with pytest.raises(StopIteration) as ended:
+        aggregator.settled(request or ask(), decision, answers, pending).send(None)
+    return ended.value.value
+
+
+@pytest.mark.parametrize(
+    ("texts", "pending", "settled"),
+    [
+        ({"a": "4"}, "bc", False),
+        ({"a": "4", "b": "4"}, "c", True),
+        ({"a": "4", "b": "4"}, "cd", False),  # two for another answer: a tie that weight or the seed decides
+        ({"a": "4", "b": "5"}, "c", False),
+        ({"a": "4", "b": "4", "c": "5"}, "d", False),
+        ({"a": "4", "b": "4", "c": "4", "d": "5"}, "e", True),
+        ({"a": "?", "b": "no idea"}, "c", False),
+        ({"a": "4", "b": "5"}, "", True),
+        ({"a": "50%", "b": "50%"}, "c", False),
+    ],
+)
+def test_a_vote_is_settled_when_the_pending_cannot_turn_it(texts, pending, settled):
+    decision = decided(a=1, b=1, c=1, d=1, e=1)
+    assert is_settled(Vote(), decision, said(**texts), pending) == settled
+    assert is_settled(WeightedVote(), decision, said(**texts), pending) == settled
+
+
+def test_a_weighty_expert_settles_a_weighted_vote_alone():
+    decision = decided(a=6, b=2, c=2)
+    assert is_settled(WeightedVote(), decision, said(a="4"), "bc")
+    assert not is_settled(Vote(), decision, said(a="4"), "bc")
+    assert not is_settled(WeightedVote(), decided(a=5, b=2, c=3), said(a="4"), "bc")  # half against half
+
+
+def test_a_tie_that_weight_decides_is_settled_and_one_that_the_seed_decides_is_not():
+    assert is_settled(Vote(), decided(a=9, b=1), said(a="4"), "b")
+    assert not is_settled(Vote(), decided(a=1, b=1), said(a="4"), "b")
+
+
+def test_a_tie_between_answers_that_are_known_is_settled_by_the_seed():
+    decision = decided(a=1, b=1, c=1, d=1)
+    answers = said(a="4", b="4", c="5")
+
+    def outcomes(seed):
+        request = ask(metadata={"route_seed": seed})
+        ends = {combine(Vote(), decision, [*answers, *said(d=t)], request).trace["winner"] for t in ("4", "5", "6")}
+        return is_settled(Vote(), decision, answers, "d", request), len(ends) == 1
+
+    assert {outcomes(seed) for seed in range(20)} == {(True, True), (False, False)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(election=elections(), data=st.data(), name=st.sampled_from(["vote", "weighted_vote"]))
+def test_what_is_settled_no_later_answer_changes(election, data, name):
+    decision, answers, seed = election
+    request = ask(metadata={} if seed is None else {"route_seed": seed})
+    came = [c for c in answers if c.index == 0]
+    pending = [e for e in decision.expert_ids if e not in {c.expert_id for c in came}]
+    aggregator = make_aggregator_of(name)
+    if not came or not is_settled(aggregator, decision, came, pending, request):
+        return
+    winner = combine(aggregator, decision, came, request).trace["winner"]
+    late = [
+        Completion(request_id="r", expert_id=data.draw(st.sampled_from([e, "spare"])), text=data.draw(TEXTS))
+        for e in pending
+        if data.draw(st.booleans())
+    ]
+    assert combine(aggregator, decision, [*came, *late], request).trace["winner"] == winner
+
+
+@cache
+def luckiest(seed):
+    """An answer that the seed prefers to about any other."""
+    return max(map(str, range(100, 5000)), key=lambda answer: lot(seed, answer))
+
+
+@settings(deadline=None, max_examples=200)
+@given(election=elections(), name=st.sampled_from(["vote", "weighted_vote"]))
+def test_what_is_not_settled_some_later_answers_change(election, name):
+    decision, answers, seed = election
+    request = ask(metadata={} if seed is None else {"route_seed": seed})
+    came = [c for c in answers if c.index == 0]
+    pending = [e for e in decision.expert_ids if e not in {c.expert_id for c in came}]
+    aggregator = make_aggregator_of(name)
+    if not came or is_settled(aggregator, decision, came, pending, request) or "%" in "".join(c.text for c in came):
+        return
+    winners = {
+        combine(aggregator, decision, [*came, *said(**dict.fromkeys(pending, text))], request).trace["winner"]
+        for text in ["4", "5", "0.5", "50", "(B)", "none", luckiest(seed)]
+    }
+    assert len(winners) > 1

@@ -248,6 +248,10 @@ def test_an_empty_config_says_where_to_get_one() -> None:
             "policies.default.top_k: 3 experts need as many max_calls, not 2.",
         ),
         (
+            {"policies": {"default": {"quorum": 2}}},
+            "policies.default: quorum and late_s go together: how many answers are enough, and after how long.",
+        ),
+        (
             {"security": {"api_keys": {"t": {"env": "X", "models": ["collegium/defalt"]}}}},
             "security.api_keys.t.models: no model 'collegium/defalt'; did you mean 'collegium/default'?",
         ),
