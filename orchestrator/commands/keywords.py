@@ -10,7 +10,6 @@ import typer
 from experts.errors import ConfigError
 from orchestrator.commands.options import ConfigFile
 
-
 _FORM = 'not of the form {"id": .., "keywords": [..]}.'
 
 

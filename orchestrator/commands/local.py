@@ -92,7 +92,8 @@ async def _load(service: Service, expert_ids: Sequence[str], view: View) -> None
 
 
 def _shown(decision: RouteDecision) -> Mapping[str, Any]:
-    return {**asdict(decision), "route_ms": round(decision.route_ms, 3)}
+    shown = {**asdict(decision), "route_ms": round(decision.route_ms, 3)}
+    return shown if decision.draws else {key: value for key, value in shown.items() if key != "draws"}
 
 
 @asynccontextmanager

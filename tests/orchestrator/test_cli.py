@@ -196,7 +196,7 @@ def test_ask_loads_the_engine_it_needs_and_no_other(run: CliRunner, config: str)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (["--router", "nonsense"], "known: always, random, round_robin"),
+        (["--router", "nonsense"], "known: always, hash, random, round_robin"),
         (["--aggregator", "nonsense"], "No aggregator 'nonsense'"),
         (["--expert", "nobody"], "No model 'nobody'"),
         (["--policy", "nothing"], "No model 'collegium/nothing'"),

@@ -69,6 +69,19 @@ def test_a_cascade_is_a_router_and_an_aggregator(pool, tmp_path):
     assert run.decision.router == "cascade"
 
 
+def test_a_cascade_asked_one_by_one_never_calls_who_is_not_needed():
+    """Three experts that all say the same: two agree, and the third is spared."""
+    config = {
+        "engines": {"e": {"backend": "fake", "options": {"text": "It is 4."}}},
+        "experts": {name: {"engine": "e"} for name in ("cheap", "middle", "dear")},
+        "policies": {"default": {"top_k": 3, "one_by_one": True, "aggregator": "cascade"}},
+    }
+    service = build_service(Config.model_validate(config))
+    run, _ = asyncio.run(answered(service, "What is 2 + 2?"))
+    assert [c.expert_id for c in run.calls] == ["cheap", "middle"]
+    assert run.trace["settled"] is True
+
+
 def test_an_llm_that_makes_no_choice_falls_back_to_a_fitted_router(pool, tmp_path):
     options = {
         "expert": "router",
