@@ -126,7 +126,7 @@ def _best_candidates(training: Training, allowed: tuple[str, ...]) -> tuple[Arra
     found = [(kind, members) for kind in allowed for members in _members(kind, best)]
     votes = np.stack([VOTES[k](m, training.scores_QE, training.answers_QE) for k, m in found], axis=1)
     kept = np.argsort(-votes.mean(axis=0), kind="stable")[:_CANDIDATES]
-    return np.stack([_shares(*found[k], mean) for k in kept]), votes[:, kept]
+    return np.stack([_shares(kind, members, mean) for kind, members in (found[k] for k in kept)]), votes[:, kept]
 
 
 def _members(kind: str, best: list[int]) -> list[Members]:
