@@ -18,5 +18,4 @@ ROUTERS = {
     "threshold": "routers.learned.router:threshold",
     "stack": "routers.learned.router:stack",
     "panel": "routers.learned.router:panel",
-    "relay": "routers.learned.router:relay",
 }

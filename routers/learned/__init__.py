@@ -17,7 +17,6 @@ MODELS = {
     "threshold": "routers.learned.threshold:Threshold",
     "stack": "routers.learned.stack:Stack",
     "panel": "routers.learned.panel:Panel",
-    "relay": "routers.learned.panel:Relay",
 }
 
 PROBABILITIES = frozenset({"task", "knn", "linear", "logistic", "factor", "cluster", "gaussian", "mlp"})

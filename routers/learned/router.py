@@ -124,7 +124,3 @@ def stack(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Lear
 
 def panel(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
     return Learned(parts, "panel", names)
-
-
-def relay(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
-    return Learned(parts, "relay", names)
