@@ -25,5 +25,4 @@ ROUTERS = {
     "prompts": "routers.prompts:Prompts",
     "llm": "routers.llm:Llm",
     "hash": "routers.baseline:Hash",
-    "relay": "routers.learned.router:relay",
 }

@@ -7,6 +7,7 @@ import asyncio
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,26 +69,26 @@ def measure_encoders(times: int = 100) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     static = WordLlama()
-    found = {"wordllama": lambda text: asyncio.run(static.encode([text]))}
-    counts = {"wordllama": lambda text: asyncio.run(static.count_tokens([text]))}
+    found: dict[str, Callable[[list[str]], object]] = {"wordllama": lambda texts: asyncio.run(static.encode(texts))}
+    counts: dict[str, Callable[[list[str]], int]] = {"wordllama": lambda texts: asyncio.run(static.count_tokens(texts))}
     for name in PACKAGES:
         try:
             encoder = MiniLM(runtime=name)
         except ConfigError:
             continue
         runtime = _load(name, encoder._folder, encoder.width, 1)
-        found[f"all-minilm-l6-v2 {name}"] = lambda text, runtime=runtime: runtime.embed([text])
-        counts[f"all-minilm-l6-v2 {name}"] = lambda text, runtime=runtime: runtime.count([text])
+        found[f"all-minilm-l6-v2 {name}"] = runtime.embed
+        counts[f"all-minilm-l6-v2 {name}"] = runtime.count
     for name, encode in found.items():
-        text = _of_tokens(counts[name], 64)
-        encode(text)
-        rows.append({"encoder": name, **_percentiles(cpu_ms(lambda e=encode, t=text: e(t), times))})
+        texts = [_of_tokens(counts[name], 64)]
+        encode(texts)
+        rows.append({"encoder": name, **_percentiles(cpu_ms(partial(encode, texts), times))})
     return rows
 
 
-def _of_tokens(count: Callable[[str], int], tokens: int) -> str:
+def _of_tokens(count: Callable[[list[str]], int], tokens: int) -> str:
     words = TEXT.split()
-    return next(" ".join(words[:n]) for n in range(10, len(words)) if count(" ".join(words[:n])) >= tokens)
+    return next(" ".join(words[:n]) for n in range(10, len(words)) if count([" ".join(words[:n])]) >= tokens)
 
 
 def measure_fits(names: Sequence[str], folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -106,8 +107,8 @@ def measure_fits(names: Sequence[str], folder: Path, tell: Callable[[str], None]
                 "router": name,
                 "fit_s": fit_s,
                 "artefact_mb": _megabytes(name, model, folder / name),
-                **_percentiles(cpu_ms(lambda m=model, q=one: m.predict(q), 200)),
-                "decisions_per_s": len(many) / float(cpu_ms(lambda m=model: m.predict(many), 1)[0]) * 1e3,
+                **_percentiles(cpu_ms(partial(model.predict, one), 200)),
+                "decisions_per_s": len(many) / float(cpu_ms(partial(model.predict, many), 1)[0]) * 1e3,
             }
         )
     return rows
@@ -141,7 +142,7 @@ def measure_large(tell: Callable[[str], None]) -> dict[str, Any]:
         tell(f"{name}, {LARGE[1]} experts")
         model = _fixed(name, training)
         model.predict(one)
-        rows.append({"router": name, **_percentiles(cpu_ms(lambda m=model, q=one: m.predict(q), 60))})
+        rows.append({"router": name, **_percentiles(cpu_ms(partial(model.predict, one), 60))})
         del model
     return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "routers": rows}
 
@@ -159,7 +160,7 @@ def measure_growth(tell: Callable[[str], None]) -> dict[str, list[dict[str, Any]
             model = _fixed(name, training)
             fit_s = time.process_time() - started
             model.predict(one)
-            times = _percentiles(cpu_ms(lambda m=model, q=one: m.predict(q), 40))
+            times = _percentiles(cpu_ms(partial(model.predict, one), 40))
             found[axis].append(
                 {"router": name, "size": experts if axis == "experts" else questions, "fit_s": fit_s, **times}
             )

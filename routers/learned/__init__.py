@@ -21,7 +21,6 @@ MODELS = {
     "cascade": "routers.learned.cascade:Cascade",
     "value": "routers.learned.value:Value",
     "skills": "routers.learned.skills:Skills",
-    "relay": "routers.learned.panel:Relay",
 }
 
 PROBABILITIES = frozenset({"task", "knn", "linear", "logistic", "factor", "cluster", "gaussian", "mlp"})

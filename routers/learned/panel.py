@@ -12,7 +12,7 @@ Which one suits a question is a ridge on its features, reduced to a few directio
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 
@@ -35,7 +35,7 @@ Members = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """For at most three calls; with one, its leader answers alone."""
+    """For at most three calls; with one, a leader answers alone who was not chosen for that."""
 
     design: Design
     panels_PE: Array
@@ -43,11 +43,9 @@ class Panel:
     panels_RP: Array
     mean_P: Array
 
-    allowed: ClassVar[tuple[str, ...]] = ("relay", "trio")
-
     @classmethod
     def fit(cls, training: Training) -> Self:
-        shares, votes = _best_candidates(training, cls.allowed)
+        shares, votes = _best_candidates(training)
         option = best_of(OPTIONS, _Ridge.fit_with, _as_experts(training, votes))
         return cls._of(_Ridge.fit_with(_as_experts(training, votes), option), shares)
 
@@ -66,13 +64,6 @@ class Panel:
         traits = self.design.features(questions) @ self.weights_DR
         chosen: Array = self.panels_PE[(traits @ self.panels_RP + self.mean_P).argmax(axis=1)]
         return chosen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relay(Panel):
-    """For one call, and a second one only where the first answer cannot be read: top_k 2 and a weighted vote."""
-
-    allowed: ClassVar[tuple[str, ...]] = ("relay",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +110,14 @@ def _as_experts(training: Training, votes: Array) -> Training:
     )
 
 
-def _best_candidates(training: Training, allowed: tuple[str, ...]) -> tuple[Array, Array]:
+def _best_candidates(training: Training) -> tuple[Array, Array]:
     """(weights by candidate and expert, scores by question and candidate) of the best on average."""
     mean = training.scores_QE.mean(axis=0)
     best = [int(e) for e in np.argsort(-mean, kind="stable")[:EXPERTS]]
-    found = [(kind, members) for kind in allowed for members in _members(kind, best)]
+    found = [(kind, members) for kind in VOTES for members in _members(kind, best)]
     votes = np.stack([VOTES[k](m, training.scores_QE, training.answers_QE) for k, m in found], axis=1)
     kept = np.argsort(-votes.mean(axis=0), kind="stable")[:_CANDIDATES]
-    return np.stack([_shares(*found[k], mean) for k in kept]), votes[:, kept]
+    return np.stack([_shares(kind, members, mean) for kind, members in (found[k] for k in kept)]), votes[:, kept]
 
 
 def _members(kind: str, best: list[int]) -> list[Members]:

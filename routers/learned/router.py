@@ -137,10 +137,6 @@ def panel(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Lear
     return Learned(parts, "panel", names)
 
 
-def relay(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
-    return Learned(parts, "relay", names)
-
-
 def contrastive(parts: RouterParts, *, names: Mapping[str, str] | None = None) -> Learned:
     return Learned(parts, "contrastive", names)
 
