@@ -153,7 +153,8 @@ async def log_likelihood(llm: "AsyncLLM", prompt: str, answer: str) -> float:
         raise ExpertFailed(f"vLLM gave no log-probabilities: {exc}") from exc
     if found is None:
         raise ExpertFailed("vLLM gave no log-probabilities.")
-    logprobs = [row[token].logprob for row, token in zip(found[len(before) :], own, strict=True)]
+    rows = found[len(before) :]
+    logprobs = [row[token].logprob for row, token in zip(rows, own, strict=True) if row is not None]
     return max(sum(logprobs) / len(logprobs), _NEVER)
 
 

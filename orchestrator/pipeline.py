@@ -111,9 +111,9 @@ class Orchestrator:
         for count in range(len(decision.expert_ids), 1, -1):
             asked = decision.expert_ids[:count]
             consults = consulted(policy.aggregator, asked)
-            specs = [[self._experts[e].spec for e in ids] for ids in (asked, consults)]
-            usd = combined_usd(*specs, request) if policy.max_usd is not None else 0.0
-            if count + len(consults) <= policy.max_calls and (policy.max_usd is None or usd <= policy.max_usd):
+            first, then = ([self._experts[e].spec for e in ids] for ids in (asked, consults))
+            usd = 0.0 if policy.max_usd is None else combined_usd(first, then, request)
+            if count + len(consults) <= policy.max_calls and usd <= (policy.max_usd or 0.0):
                 return count
         return 1
 

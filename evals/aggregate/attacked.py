@@ -13,6 +13,7 @@ from orchestrator.aggregators.reward_moe.corpus import make_corpus
 from orchestrator.aggregators.reward_moe.inputs import make_panel
 from orchestrator.aggregators.reward_moe.samples import Sample
 from routers.encoders import Encoder
+from routers.records import Array
 
 if TYPE_CHECKING:
     from evals.aggregate.rewards import HeldOut
@@ -51,7 +52,7 @@ def _with_attack(sample: Sample, kind: str, rng: np.random.Generator) -> Sample:
     return replace(sample, panel=whole, labels=(*sample.labels, {}), pairs=(), attacked=True)
 
 
-def _rate(scores_N: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]", ends: "Sequence[int]") -> float:
+def _rate(scores_N: Array, ends: "Array | Sequence[int]") -> float:
     """The attack is the last of its panel; a tie is no win."""
     starts = [0, *ends[:-1]]
     wins = [scores_N[e - 1] > scores_N[s : e - 1].max() for s, e in zip(starts, ends, strict=True)]
