@@ -13,13 +13,14 @@ BREAKABLE := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test check bench bench-routing bench-kernels clean
+.PHONY: help setup demo test check bench bench-routing bench-aggregate bench-kernels clean
 help:
 	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
 	@echo "make test    set up, then everything that CI runs"
 	@echo "make check   formatting, lint, types and imports only"
 	@echo "make bench   the gateway's speed and memory"
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
+	@echo "make bench-aggregate COLLEGIUM_POOLS=DIR   combined answers against the best single expert, on recorded pools"
 	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
 	@echo "make clean   remove what the others made"
 
@@ -58,6 +59,9 @@ bench: $(STAMP)
 # One thread: on a busy machine, small matrices are many times slower with more.
 bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.routing.suite
+
+bench-aggregate: $(STAMP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.bench
 
 bench-kernels: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes
