@@ -304,7 +304,7 @@ def test_words_stand_up_to_anything() -> None:
 
 
 @given(st.lists(st.text(max_size=30), min_size=2, max_size=12), st.text(max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_traits_are_finite_whatever_the_options(options: list[str], question: str) -> None:
     traits = option_traits(options, question)
     assert traits.shape == (len(options), len(TRAITS))
