@@ -13,13 +13,14 @@ BREAKABLE := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test check bench bench-routing bench-kernels bench-batch bench-batch-real clean
+.PHONY: help setup demo test check bench bench-routing bench-aggregate bench-kernels bench-batch bench-batch-real clean
 help:
 	@echo "make demo    set up, start the service on a bundled model, ask it four questions, stop it"
 	@echo "make test    set up, then everything that CI runs"
 	@echo "make check   formatting, lint, types and imports only"
 	@echo "make bench   the gateway's speed and memory"
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
+	@echo "make bench-aggregate COLLEGIUM_POOLS=DIR   combined answers against the best single expert, on recorded pools"
 	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
 	@echo "make bench-batch   grouping work by engine, on simulated engines, and what the scheduler costs"
 	@echo "make bench-batch-real   a file of questions over three vLLM engines, grouped and line by line"
@@ -61,6 +62,9 @@ bench: $(STAMP)
 bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.routing.suite
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.routing.scale --out routing-report/scale
+
+bench-aggregate: $(STAMP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.bench
 
 bench-kernels: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes

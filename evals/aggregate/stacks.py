@@ -4,12 +4,13 @@ Legend: Q questions of the test split, E experts, K places in the order.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from evals.routing.statistics import Bootstrap, Estimate
-from orchestrator.aggregators.stacking.build import Stack, Wish, decide, fit_stack, stops, threshold_for, walk
+from orchestrator.aggregators.stacking.build import Priors, Stack, Wish, decide, fit_stack, stops, threshold_for, walk
 from orchestrator.aggregators.stacking.model import Ballots, said_by_any
 from orchestrator.aggregators.stacking.recorded import Recorded, rows_of
 from routers.records import Array
@@ -18,18 +19,16 @@ CALLS = (1.0, 2.0, 3.0, 5.0)
 VARIANTS = {
     "answers": Wish(with_prior=False, with_words=False),
     "answers + words": Wish(with_prior=False),
-    "answers + options": Wish(with_words=False),
-    "all": Wish(),
+    "answers + words + options": Wish(),
 }
 """What the stack may look at: who said what; the words it was said in; what the options give away."""
-SHARES = (0.125, 0.25, 0.5)
 _BINS = 10
 
 
 def measure(
-    recorded: Recorded, *, seed: int, shares: bool = True, on_step: Callable[[str], None] = lambda _: None
+    recorded: Recorded, *, seed: int, priors: Priors, on_step: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """One pool and one set of experts, as JSON. Raises ConfigError."""
+    """One pool and one set of experts, as JSON. ``priors`` were fitted on train and val. Raises ConfigError."""
     train, test = rows_of(recorded, ["train", "val"]), rows_of(recorded, ["test"])
     boot = Bootstrap(len(test), seed)
     means = recorded.records.scores_QE[train].mean(axis=0)
@@ -58,19 +57,14 @@ def measure(
     }
     for variant, wish in VARIANTS.items():
         on_step(f"{recorded.records.name}: {variant}")
-        stack = fit_stack(recorded, train, _seeded(wish, seed))
+        own = priors if wish.with_prior else None
+        stack = fit_stack(recorded, train, replace(wish, seed=seed), priors=own)
         report["stacks"][variant] = _measure_stack(stack, recorded, test, result)
-    if shares:
-        report["learning"] = _learning(recorded, train, test, seed)
     return report
 
 
 def _estimate(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_ci95": estimate.ci95}
-
-
-def _seeded(wish: Wish, seed: int) -> Wish:
-    return Wish(calls=wish.calls, seed=seed, with_prior=wish.with_prior, with_words=wish.with_words)
 
 
 def _measure_stack(
@@ -128,9 +122,7 @@ def _baselines(
     order = np.argsort(-means_E, kind="stable")
     best = int(order[0])
     found = {
-        "best single": result(
-            recorded.records.scores_QE[test, best], 1.0, expert=recorded.records.expert_ids[best]
-        ),
+        "best single": result(recorded.records.scores_QE[test, best], 1.0, expert=recorded.records.expert_ids[best]),
         "majority of all": result(_vote(ballots, gold, order, np.ones(len(order))), float(len(order))),
     }
     odds = np.log(np.clip(means_E, 0.02, 0.98) * 9 / (1 - np.clip(means_E, 0.02, 0.98)))
@@ -152,15 +144,3 @@ def _vote(ballots: Ballots, gold: Array, panel: Array, weights_E: Array) -> Arra
     said = said_by_any(ballots.votes_QE[:, panel], total.shape[1])
     chosen = np.where(said.any(axis=1), np.where(said, total, -np.inf).argmax(axis=1), -1)
     return (chosen == gold).astype(float)
-
-
-def _learning(recorded: Recorded, train: Array, test: Array, seed: int) -> list[list[float]]:
-    """[questions learned from, score of everyone heard] for shares of the training questions."""
-    order, points = np.random.default_rng(seed).permutation(train), []
-    for share in SHARES:
-        part = order[: max(20, int(len(order) * share))]
-        stack = fit_stack(recorded, part, Wish(seed=seed))
-        ballots = stack.prepare(recorded.ballots.take(test), recorded.traits_QOT[test])
-        chosen, _ = decide(stack.logit, ballots)
-        points.append([float(len(part)), float((chosen == recorded.gold_Q[test]).mean())])
-    return points

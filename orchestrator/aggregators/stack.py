@@ -115,7 +115,9 @@ class Stacked:
         if heard.asked.options:
             traits[0, :-1] = option_traits(heard.options, request.question)
         panel = _Panel(stack, columns)
-        ballots = _ballots(heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1)
+        ballots = _ballots(
+            heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1
+        )
         prepared = panel.stack.prepare(ballots, traits)
         counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
         return panel.stack.logit.posterior(prepared)[0], counts

@@ -30,7 +30,10 @@ def write_pool(folder: Path, *, questions: int = 300, rates: dict[str, float] | 
         said = [int(right) if rng.random() < rate else int(rng.integers(OPTIONS)) for right in gold]
         _write(
             folder / "responses" / f"{expert_id}.jsonl.gz",
-            [_response(i, s, int(right), rng.random() < 0.02) for i, (s, right) in enumerate(zip(said, gold, strict=True))],
+            [
+                _response(i, s, int(right), rng.random() < 0.02)
+                for i, (s, right) in enumerate(zip(said, gold, strict=True))
+            ],
         )
     return folder
 

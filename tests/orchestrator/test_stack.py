@@ -66,7 +66,8 @@ def settled(stack: Stacked, answers: list[Completion], pending: list[str]) -> bo
 def test_one_good_expert_outweighs_two_bad_ones(folder: Path) -> None:
     result = combine(make(folder), said(ace="It is (B).", poor="Answer: C", noise="The answer is (C)."))
     trace = result.trace
-    assert result.expert_id == "ace" and trace["winner"] == "B"
+    assert result.expert_id == "ace"
+    assert trace["winner"] == "B"
     assert sum(trace["posterior"].values()) == pytest.approx(1, abs=1e-4)
     assert max(trace["posterior"], key=trace["posterior"].get) == "B"
     counts = {a["expert_id"]: a["weight"] for a in trace["answers"]}
@@ -95,7 +96,8 @@ def test_what_cannot_be_read_counts_for_nothing(folder: Path) -> None:
 
 def test_when_nothing_can_be_read_the_expert_worth_most_is_taken(folder: Path) -> None:
     result = combine(make(folder), said(noise="", ace="hmm", fair="what?"))
-    assert result.expert_id == "ace" and "no answer could be read" in result.trace["note"]
+    assert result.expert_id == "ace"
+    assert "no answer could be read" in result.trace["note"]
     assert result.trace["winner"] is None
 
 
@@ -151,8 +153,10 @@ def test_it_stops_once_an_option_is_likelier_than_the_threshold(folder: Path) ->
     split = said(ace="The answer is (B).", fair="The answer is (C).")
     stack = make(folder, threshold=0.9)
     assert not settled(stack, [], ["ace"])
-    assert not settled(stack, one, ["fair"]) and settled(stack, two, ["poor"])
-    assert not settled(stack, split, ["poor"]) and settled(stack, split, [])
+    assert not settled(stack, one, ["fair"])
+    assert settled(stack, two, ["poor"])
+    assert not settled(stack, split, ["poor"])
+    assert settled(stack, split, [])
     assert not settled(stack, said(ace="who knows"), ["fair"])
     assert settled(make(folder, threshold=0.0), one, ["fair"])
 
@@ -160,7 +164,8 @@ def test_it_stops_once_an_option_is_likelier_than_the_threshold(folder: Path) ->
 def test_open_answers_are_compared_by_value(folder: Path) -> None:
     answers = said(ace="So 1,000 in all. The answer is 1000.", fair="The answer is 7.", poor="The answer is 1000.0")
     result = combine(make(folder), answers, ask("How many grams are in a kilogram?"))
-    assert result.expert_id == "ace" and result.trace["winner"] == "1000"
+    assert result.expert_id == "ace"
+    assert result.trace["winner"] == "1000"
     assert set(result.trace["posterior"]) == {"1000", "7", "(none of these)"}
 
 

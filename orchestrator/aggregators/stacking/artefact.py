@@ -41,9 +41,7 @@ class Fitted:
     calls: float
 
 
-def fit(
-    recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str], None] = lambda _: None
-) -> Fitted:
+def fit(recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str], None] = lambda _: None) -> Fitted:
     """Raises ConfigError."""
     return Fitted(
         stack=fit_stack(recorded, rows, wish, on_step=on_step),

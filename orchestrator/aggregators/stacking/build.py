@@ -66,21 +66,35 @@ def prior_of(prior: Prior | None, ballots: Ballots, traits_QOT: Array) -> Array:
     return np.maximum(result, NEVER)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priors:
+    """``later`` is for questions to come; ``held_QO`` is each question's own, by a network that did not see it."""
+
+    later: Prior | None
+    held_QO: Array
+
+
 def fit_stack(
-    recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str], None] = lambda _: None
+    recorded: Recorded,
+    rows: Array,
+    wish: Wish,
+    *,
+    priors: Priors | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Stack:
-    """Learns from ``rows`` only. Raises ConfigError."""
+    """Learns from ``rows`` only. ``priors`` of the same rows and seed need not be fitted again: they do not depend on
+    the experts. Raises ConfigError."""
     rows = usable(recorded, rows)
     if len(rows) < 2 * FOLDS:
         raise ConfigError(f"{len(rows)} questions are too few to fit a stack on; at least {2 * FOLDS} are needed.")
     ballots, gold = recorded.ballots.take(rows), recorded.gold_Q[rows]
-    traits = recorded.traits_QOT[rows]
     mean, scale = word_scales(ballots)
     words = np.clip((ballots.words_QEW - mean) / scale, -3, 3) * wish.with_words
-    on_step("the options' prior")
     folds = split_folds(len(rows), wish.seed, FOLDS)
-    prior, held_prior = _fit_priors(ballots, traits, gold, folds, wish)
-    ballots = replace(ballots, words_QEW=words, prior_QO=held_prior)
+    if priors is None:
+        on_step("the options' prior")
+        priors = fit_priors(recorded, rows, wish)
+    ballots = replace(ballots, words_QEW=words, prior_QO=priors.held_QO)
     on_step("the logit, fold by fold")
     tasks = len(recorded.tasks)
     models = _fit_folds(ballots, gold, folds, tasks, (), wish)
@@ -92,7 +106,7 @@ def fit_stack(
     logit = fit_logit(ballots, gold, tasks=tasks, panels=_PANELS, seed=wish.seed, order=order, largest=_LONGEST)
     return Stack(
         logit=logit,
-        prior=prior,
+        prior=priors.later,
         word_mean_EW=mean,
         word_scale_W=scale,
         order=order,
@@ -112,23 +126,22 @@ def word_scales(ballots: Ballots) -> tuple[Array, Array]:
 Folds = list[tuple[Array, Array]]
 
 
-def _fit_priors(
-    ballots: Ballots, traits: Array, gold: Array, folds: Folds, wish: Wish
-) -> tuple[Prior | None, Array]:
-    """The prior for later questions, and each question's own by a network that did not see it."""
-    listed = ballots.listed_Q
-    held = np.zeros(ballots.open_QO.shape, np.float32)
+def fit_priors(recorded: Recorded, rows: Array, wish: Wish) -> Priors:
+    """On the questions of ``rows`` whose right answer is known."""
+    rows = usable(recorded, rows)
+    ballots, gold, traits = recorded.ballots.take(rows), recorded.gold_Q[rows], recorded.traits_QOT[rows]
+    listed, held = ballots.listed_Q, np.zeros(ballots.open_QO.shape, np.float32)
     if not wish.with_prior or not listed.any():
-        return None, held
+        return Priors(later=None, held_QO=held)
 
     def fit(part: Array) -> Prior:
         part = part[listed[part]]
         return Prior.fit(traits[part], ballots.open_QO[part], gold[part], wish.seed)
 
-    for kept, out in folds:
+    for kept, out in split_folds(len(rows), wish.seed, FOLDS):
         if listed[kept].any():
             held[out] = prior_of(fit(kept), ballots.take(out), traits[out])
-    return fit(np.arange(len(gold))), held
+    return Priors(later=fit(np.arange(len(gold))), held_QO=held)
 
 
 def _fit_folds(
@@ -217,7 +230,7 @@ def stopping_curve(sure_QK: Array, right_QK: Array) -> Array:
 
 
 def threshold_for(curve_XN: Array, calls: float) -> float:
-    """The threshold of the best held-out accuracy among those that keep to ``calls`` on average; the lowest of equals."""
+    """Of the thresholds that keep to ``calls`` on average, held out, the most accurate; the lowest of equals."""
     kept = curve_XN[curve_XN[:, 1] <= calls]
     if not len(kept):
         raise ConfigError(f"A question costs at least one call; a mean of {calls:g} is impossible.")

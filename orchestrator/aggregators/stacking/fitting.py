@@ -14,7 +14,7 @@ from orchestrator.aggregators.stacking.prior import softmax
 from routers.learned.minimise import minimise
 from routers.records import Array
 
-_STEPS = 50
+_STEPS = 40
 _ORDERED = 0.7
 """Share of the panels that follow the order."""
 _PENALTIES = (1.0, 20.0, 20.0)
@@ -123,6 +123,4 @@ def _loss(weights: list[Array], votes: _Votes, right_Q: Array, scale: float) -> 
 def _by_shape(error_QO: Array, said_QO: Array, votes: _Votes) -> Array:
     said, prior = (error_QO * said_QO).sum(axis=1), (error_QO * votes.prior_QO).sum(axis=1)
     none = error_QO[:, -1] * votes.unlisted_Q
-    return np.array(
-        [-(said @ votes.heard_Q), prior.sum(), prior @ votes.heard_Q, none.sum(), none @ votes.different_Q]
-    )
+    return np.array([-(said @ votes.heard_Q), prior.sum(), prior @ votes.heard_Q, none.sum(), none @ votes.different_Q])

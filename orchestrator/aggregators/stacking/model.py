@@ -101,8 +101,8 @@ def summed(counts_QE: Array, ballots: Ballots) -> Array:
     """By option, of those who chose it."""
     rows, columns = np.nonzero(ballots.votes_QE >= 0)
     cells = rows * ballots.open_QO.shape[1] + ballots.votes_QE[rows, columns]
-    total = np.bincount(cells, counts_QE[rows, columns], ballots.open_QO.size).reshape(ballots.open_QO.shape)
-    return total
+    total: Array = np.bincount(cells, counts_QE[rows, columns], ballots.open_QO.size)
+    return total.reshape(ballots.open_QO.shape)
 
 
 def combine(said_QO: Array, ballots: Ballots, shape: Array) -> Array:

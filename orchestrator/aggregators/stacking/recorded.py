@@ -165,10 +165,6 @@ def _gold(row: Mapping[str, Any], options: Sequence[str], votes_E: Array, scores
     return int(right[0]) if len(right) else width - 1
 
 
-
-
-
-
 def usable(recorded: Recorded, rows: Array) -> Array:
     """``rows`` whose right answer is known. Raises ConfigError when none is left."""
     kept: Array = rows[recorded.gold_Q[rows] >= 0]

@@ -18,7 +18,8 @@ _READ_CHARS = 6000
 """Characters that are read, from the end: where the answer stands."""
 _CUE = re.compile(r"\banswer(?: is|:)|####|\\boxed", re.IGNORECASE)
 _HEDGE = re.compile(
-    r"\b(?:not sure|unclear|cannot|perhaps|possibly|probably|seems?|none of|closest|approximately|unable|sorry|assum\w{1,4})\b",
+    r"\b(?:not sure|unclear|cannot|perhaps|possibly|probably|seems?|none of|closest|approximately|unable|sorry"
+    r"|assum\w{1,4})\b",
     re.IGNORECASE,
 )
 _FIGURE = r"-?[0-9][0-9,]{0,15}(?:\.[0-9]{1,12})?"
