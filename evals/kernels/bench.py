@@ -104,8 +104,8 @@ def headline(runs: dict[str, tuple[str, Run]], roof: Roof, shape: Shape) -> tupl
             lines.append(f"| {T} | {name} | {cell(times)} | {share:.0%} | {target} | {met} |")
             if met == "no":
                 missed.append(f"{name} at M={T}: {times.min_s * 1e3:.2f} ms, {share:.0%} of the roof")
-    lines += [f"| - | {name} | not installed | - | - | - | - |" for name in contenders.not_installed()]
-    lines.append("| - | Triton on CUDA | not measured | - | - | - | - |")
+    lines += [f"| - | {name} | {reason} | - | - | - | - |" for name, reason in contenders.NOT_BESIDE.items()]
+    lines.append("| - | Triton on CUDA | not measured here: python -m evals.kernels.gpu | - | - | - | - |")
     return lines, missed
 
 

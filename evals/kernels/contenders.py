@@ -5,7 +5,6 @@ Legend: T tokens, D width, E experts, F expert width, K slots, N output rows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 Run = Callable[[Tensor, Routing], Tensor]
-MISSING = {"zentorch": "zentorch", "kt-kernel": "kt_kernel", "llama.cpp": "llama_cpp"}
+# Why these are not beside ours, each tried by pip on Python 3.11.
+NOT_BESIDE = {
+    "zentorch": "could not be had: the index offers 2.14.0.1 alone, which needs torch 2.14; vLLM 0.29 needs 2.13",
+    "kt-kernel": "not run: 0.7.2 needs torch 2.9.1 and computes in its own thread pool, outside one thread's CPU time",
+    "llama.cpp": "not run: llama-cpp-python 0.3.36 builds, but exposes no layer of experts, only whole models",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +125,3 @@ def vllm_int8(shape: Shape) -> Run:
         return y_TD
 
     return run
-
-
-def not_installed() -> list[str]:
-    return [name for name, module in MISSING.items() if find_spec(module) is None]

@@ -98,10 +98,11 @@ class VllmKernel:
         spec = importlib.util.spec_from_file_location("vllm_kernel", target)
         if spec is None or spec.loader is None:
             raise RuntimeError(f"{target} cannot be imported")
-        self._module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self._module)
-        self._module.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
-        self._module.current_platform = SimpleNamespace(is_rocm=lambda: False)
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
+        module.current_platform = SimpleNamespace(is_rocm=lambda: False)
+        self._module = module
         self._tuned = tuned
 
     def config(self, weights: ExpertWeights, T: int, K: int) -> dict[str, int]:

@@ -88,7 +88,7 @@ def compile_part(part: int) -> None:
 
 
 def _try(backend: TritonBackend, weights: ExpertWeights, x: torch.Tensor, routing: Any) -> bool:
-    from triton.runtime.errors import TritonError
+    from triton.runtime.errors import TritonError  # type: ignore[import-untyped]
 
     try:
         backend.prepare(weights)(x, routing)

@@ -109,6 +109,18 @@ def test_meo_merging_equals_mixing_only_when_linear() -> None:
     assert (curved(x) - curved.mixture(x)).abs().max() > 1e-3
 
 
+def test_meo_by_token_adds_a_bottleneck_that_starts_at_nothing() -> None:
+    x, layer = torch.randn(6, 8), MergedExperts(8, 4, bottleneck=2)
+    plain = MergedExperts(8, 4)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    assert torch.equal(layer(x), plain(x))
+    torch.nn.init.ones_(layer.token_DS)
+    torch.testing.assert_close(layer.attend(x), x + (x @ layer.token_SD.T).relu().sum(dim=1, keepdim=True))
+    torch.testing.assert_close(layer(x), plain(layer.attend(x)))
+    layer(x).sum().backward()
+    assert layer.token_SD.grad.abs().sum() > 0
+
+
 # Decoding and shortcut
 
 

@@ -194,3 +194,31 @@ def test_ultramem_addresses_are_a_permutation_and_the_table_is_shared() -> None:
         wanted[t, slots[t, k] // 16] += value.flatten()
     torch.testing.assert_close(layer(x), wanted.flatten(1) @ layer.out.weight.t(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(second_singular_penalty(torch.diag(torch.tensor([1.0, 0.25]))), torch.tensor(0.01))
+
+
+def test_comet_learns_an_order_of_the_leaves_and_hardens_it() -> None:
+    gate, x = CometGate(6, 8, k=2, search=True, iterations=60).eval(), torch.randn(5, 6)
+    plain = CometGate(6, 8, k=2).eval()
+    plain.load_state_dict(gate.state_dict(), strict=False)
+    order = torch.stack([torch.randperm(8), torch.randperm(8)])
+    with torch.no_grad():
+        gate.search_KEE.copy_(torch.nn.functional.one_hot(order, 8) * 0.1)
+    soft = gate(x, Context()).scores_TE
+    gate.harden()
+    assert torch.equal(gate.order_KE, order)
+    assert gate.order_KE.sort(dim=1).values.tolist() == [list(range(8))] * 2
+    hard = gate(x, Context()).scores_TE
+    torch.testing.assert_close(soft, hard, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(hard.sum(dim=1), torch.ones(5))
+    assert (hard - plain(x, Context()).scores_TE).abs().max() > 1e-3
+    with torch.no_grad():
+        gate.nodes.mul_(1e4)
+    assert (gate(x, Context()).scores_TE > 0).sum(dim=1).max() <= 2
+
+
+def test_comet_search_has_gradients_and_needs_asking_for() -> None:
+    gate = CometGate(6, 8, k=2, search=True, temperature=0.5)
+    gate(torch.randn(5, 6), Context(generator=torch.Generator().manual_seed(0))).scores_TE[:, 0].sum().backward()
+    assert gate.search_KEE.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="without search"):
+        CometGate(6, 8).harden()

@@ -113,6 +113,23 @@ def test_moe_plus_plus_residual_scores() -> None:
     torch.testing.assert_close(gate(x, Context(state_TS=below)).state_TS, plain.state_TS + below)
 
 
+def test_moe_plus_plus_capacity_is_shared_tau_to_one() -> None:
+    """E = 4 true and 4 zero-cost experts, tau 0.5: of 60 pairs 60 x 0.5 / 6 and 60 / 6."""
+    gate = MoEPlusPlusGate(8, 4, k=2, tau=0.5, capacity_factor=1.0)
+    assert gate.capacities_E(60).tolist() == [5] * 4 + [10] * 4
+    x = torch.randn(1, 8).expand(30, -1)
+    first, second = gate.logits(x)[0].topk(2).indices.tolist()
+    kept = [min(30, gate.capacities_E(60)[e].item()) if e < 4 else 0 for e in (first, second)]
+    routing = gate(x, NOTHING).routing
+    assert routing.num_pairs == sum(kept)
+    assert routing.counts_T()[0] == (first < 4) + (second < 4)
+    assert routing.copy_T[29] == 0
+    assert (routing.add_TD[29] == 0).all()
+    unlimited = MoEPlusPlusGate(8, 4, k=2, tau=0.5)
+    unlimited.load_state_dict(gate.state_dict())
+    assert unlimited(x, NOTHING).routing.num_pairs == 30 * ((first < 4) + (second < 4))
+
+
 def test_adaptive_threshold_decides_between_one_and_two() -> None:
     x = torch.randn(20, 4)
     for threshold, count in ((0.0, 1), (1.0, 2)):

@@ -98,7 +98,7 @@ def _blocks(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
     """A descriptor of blocks of the tensor's last two dimensions, the first ones flattened."""
     if not tma:
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
     return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns])
 

@@ -75,29 +75,32 @@ def _bound(num_pairs: int, num_experts: int, rows: int) -> int:
     return min(num_pairs, num_pairs // rows + num_experts)
 
 
-def _sorted_in_triton(routing: Routing, rows: int) -> Tiles:
-    import triton
+def _power_of_2(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
+
+def _sorted_in_triton(routing: Routing, rows: int) -> Tiles:
     from collegium_kernels.triton import sorting
 
     T, P, E = routing.num_tokens, routing.num_pairs, routing.num_experts
-    ids_P, N, experts = routing.expert_ids_P, _bound(P, E, rows), triton.next_power_of_2(E)
-    C = max(LEAST_CHUNK, min(CHUNK, COMPARED // experts, triton.next_power_of_2(P)))
-    chunks = max(1, triton.cdiv(P, C))
-    counts_up = triton.next_power_of_2(chunks)
+    ids_P, N, experts = routing.expert_ids_P, _bound(P, E, rows), _power_of_2(E)
+    C = max(LEAST_CHUNK, min(CHUNK, COMPARED // experts, _power_of_2(P)))
+    chunks = max(1, -(-P // C))
+    counts_up = _power_of_2(chunks)
     summed = experts * counts_up > SUMMED_HERE
     made = ids_P.new_empty(2 * P + 3 * N, dtype=torch.int32)
     pairs_P, tokens_P, tiles_3N = made[:P], made[P : 2 * P], made[2 * P :]
     counts_EC = made
+    warps = max(LEAST_WARPS, min(MOST_WARPS, C * experts // COMPARED_A_WARP))
     if chunks > 1:
         counts_EC = ids_P.new_empty(E * chunks, dtype=torch.int32)
         sorting.count_kernel[(chunks,)](ids_P, counts_EC, P, E, chunks, C=C, E_UP=experts)
         counts_EC = counts_EC.cumsum(0, dtype=torch.int32) if summed else counts_EC
     K = P // max(1, T) if routing.static or routing.fixed_k is not None else 0
-    sorting.place_kernel[(triton.cdiv(max(P, N), C),)](
+    sorting.place_kernel[(-(-max(P, N) // C),)](
         *(ids_P, counts_EC, routing.indptr_T1, pairs_P, tokens_P, tiles_3N),
         *(T, P, E, N, chunks, rows, K, T.bit_length()),
-        num_warps=max(LEAST_WARPS, min(MOST_WARPS, C * experts // COMPARED_A_WARP)), C=C, E_UP=experts, CHUNKS_UP=min(2, counts_up) if summed else counts_up, SUMMED=summed,
+        num_warps=warps, C=C, E_UP=experts, CHUNKS_UP=min(2, counts_up) if summed else counts_up, SUMMED=summed,
     )  # fmt: skip
     expert_N, start_N, end_N = tiles_3N.view(3, N)
     return Tiles(rows=rows, pairs_P=pairs_P, tokens_P=tokens_P, expert_N=expert_N, start_N=start_N, end_N=end_N)
