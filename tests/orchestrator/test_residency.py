@@ -235,7 +235,10 @@ def two(**residency: Any) -> dict[str, Any]:
     return {
         "engines": {e: {"backend": "fake", "options": {"load_s": 0.02}} for e in "ab"},
         "experts": {"A": {"engine": "a"}, "B": {"engine": "b"}},
-        "policies": {"default": {"router": "always"}, "both": {"router": "round_robin", "top_k": 2, "aggregator": "vote"}},
+        "policies": {
+            "default": {"router": "always"},
+            "both": {"router": "round_robin", "top_k": 2, "aggregator": "vote"},
+        },
         "resilience": {"retries": 0},
         "residency": {"slots": 1, "max_wait_s": 0.5, "min_loaded_s": 0.05, **residency},
     }

@@ -96,7 +96,9 @@ def test_nobody_waits_longer_than_max_wait_and_one_load_where_the_slots_can_turn
 def test_batches_are_grouped_and_each_engine_loaded_once_whatever_the_order() -> None:
     rows = [Call(i * 0.01, i % ENGINES, 0, 20, "batch") for i in range(200)]
     for slots in (1, 2):
-        outcome = Watched(Scheduler(Rules(slots=slots)), [Speeds(load_s=9.0, decode_tps=10.0)] * ENGINES).run(iter(rows))
+        outcome = Watched(Scheduler(Rules(slots=slots)), [Speeds(load_s=9.0, decode_tps=10.0)] * ENGINES).run(
+            iter(rows)
+        )
         assert outcome.loads == ENGINES
 
 
