@@ -173,7 +173,6 @@ def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
         retries=wanted.load_retries,
         backoff_s=wanted.load_backoff_s,
         failed_s=wanted.failed_s,
-        sleep_level=wanted.sleep_level,
     )
     return Residency(engines, rules=rules, loading=loading, queue=wanted.queue)
 

@@ -91,5 +91,6 @@ class Online:
 
 
 def zipf(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    weights = 1.0 / np.arange(1, count + 1)
-    return weights / weights.sum()
+    weights: np.ndarray[tuple[int], np.dtype[np.float64]] = 1.0 / np.arange(1, count + 1)
+    weights /= weights.sum()
+    return weights

@@ -193,9 +193,6 @@ class Residency(Section):
     load_retries: int = Field(1, ge=0, le=10)
     load_backoff_s: PositiveFloat = Field(1, description="Before the second try; doubles with each.")
     failed_s: PositiveFloat = Field(60, description="An engine that does not load is left alone for so long.")
-    sleep_level: Literal[1, 2] | None = Field(
-        None, description="vLLM on GPUs: sleep instead of ending. 1 keeps the weights in main memory, 2 drops them."
-    )
     queue: PositiveInt = Field(10_000, description="Calls that may wait for engines to be loaded.")
 
     @property
