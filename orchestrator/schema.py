@@ -114,7 +114,7 @@ def _mount_batches(app: FastAPI, batches: BatchEndpoints) -> None:
 _PAGE = ("after", "limit", "order")
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "after": {"type": "string", "description": "The id after which to go on."},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+    "limit": {"type": "integer", "minimum": 1, "default": 20},
     "order": {"enum": ["asc", "desc"], "default": "desc"},
     "purpose": {"enum": ["batch", "batch_output"]},
 }
@@ -130,8 +130,9 @@ def _takes(content: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _asks_for(*names: str) -> dict[str, Any]:
-    return {"parameters": [{"name": name, "in": "query", "schema": _PARAMETERS[name]} for name in names]}
+def _asks_for(*names: str, most: int = 100) -> dict[str, Any]:
+    known = {**_PARAMETERS, "limit": {**_PARAMETERS["limit"], "maximum": most}}
+    return {"parameters": [{"name": name, "in": "query", "schema": known[name]} for name in names]}
 
 
 def _asks(
