@@ -52,7 +52,8 @@ class RecordedEngine:
             raise Unavailable(
                 f"Expert '{expert.expert_id}': {self.spec.model} has recorded {what}.", retry_after_s=None
             )
-        chars = len(text) if answer.completion_chars is None else answer.completion_chars
+        whole, text = text, _stopped(text, request)
+        chars = len(text) if answer.completion_chars is None or len(text) < len(whole) else answer.completion_chars
         for chunk in _play(text, expert.expert_id, request, int(chars)):
             yield chunk
 
@@ -67,6 +68,12 @@ class RecordedEngine:
             if recorded_id not in self._answers:
                 self._answers[recorded_id] = await asyncio.to_thread(pool.answers, recorded_id)
             return self._answers[recorded_id]
+
+
+def _stopped(text: str, request: Request) -> str:
+    """The answer up to the first of the request's stop sequences, as an engine would have ended it."""
+    places = [place for stop in request.params.stop if stop and (place := text.find(stop)) >= 0]
+    return text[: min(places, default=len(text))]
 
 
 def _play(text: str, expert_id: str, request: Request, chars: int) -> Iterator[Chunk]:

@@ -11,10 +11,10 @@ from experts import BACKENDS
 from experts.base import Engine, EngineExpert, Expert
 from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
+from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
 from orchestrator.aggregators.base import Aggregator, AggregatorParts
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
-from orchestrator.dispatch import Admission
 from orchestrator.pipeline import Orchestrator
 from orchestrator.policies import PolicyBook
 from orchestrator.resilience import Breaker, BreakerState, Retrying, Timed

@@ -1,124 +1,90 @@
-"""From a decision to running experts: a place in the service, a chain of spares for each choice."""
+"""Who may use which engine when: leases on engines that come and go (swaps.py has the policy)."""
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import math
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 
-from experts.base import Expert
-from experts.errors import BadRequest, QueueFull
-from experts.types import ExpertSpec, Request
-from orchestrator.resilience import Fallback, Hedged
-from routers.base import RouteDecision
+from experts.base import Engine, Expert
+from experts.types import ChunkStream, Priority, Request
+from orchestrator.residency import Residency
+from orchestrator.swaps import State
 
 
-class Admission:
-    """At most ``max_concurrency`` requests run, at most ``queue`` wait, first come first served; the rest get 503."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """One engine at one moment. ``waiting`` and ``running`` are leases; ``announced`` calls are held by batches outside
+    the queue. ``load_s`` is all its loads together; ``failure`` says why it could not be loaded."""
 
-    def __init__(self, *, max_concurrency: int, queue: int) -> None:
-        self._free = max_concurrency
-        self._queue = queue
-        self._waiting: deque[asyncio.Future[None]] = deque()
+    state: State
+    running: int = 0
+    waiting: Mapping[Priority, int]
+    announced: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    failure: str | None = None
 
-    @property
-    def queued(self) -> int:
-        return len(self._waiting)
+
+class Dispatcher:
+    """One service's view of the residency, which may be shared with the services before it."""
+
+    def __init__(self, residency: Residency) -> None:
+        self.residency = residency
+        self._queues = residency.queues
+
+    def join(self, residency: Residency, engines: Mapping[str, Engine]) -> None:
+        """Share ``residency`` with the service before."""
+        self.residency = residency
+        self._queues = residency.add(engines)
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place for as long as the block lasts. Raises QueueFull."""
-        await self._enter()
+    async def lease(
+        self, engine_id: str, *, priority: Priority = "online", expires_s: float | None = None
+    ) -> AsyncIterator[None]:
+        """The engine is ready, and stays, for as long as the block lasts. ``expires_s`` is on the monotonic clock.
+
+        Raises Unavailable when the engine cannot be loaded, DeadlineExceeded, QueueFull.
+        """
+        queue = self._queues[engine_id]
+        ticket = await self.residency.acquire(queue, priority, math.inf if expires_s is None else expires_s)
         try:
             yield
         finally:
-            self._leave()
+            self.residency.release(ticket)
 
-    async def _enter(self) -> None:
-        if self._free > 0:
-            self._free -= 1
-            return
-        if len(self._waiting) >= self._queue:
-            raise QueueFull(f"All places are taken and {self._queue} requests wait; try again in a moment.")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except BaseException:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif not turn.cancelled():
-                self._leave()  # the place was handed over in the moment of leaving
-            raise
+    def announce(self, engine_id: str, waiting: int) -> None:
+        """How many more calls a batch holds for this engine outside the queue; it replaces what was said before."""
+        self.residency.announce(self._queues[engine_id], waiting)
 
-    def _leave(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+    def snapshot(self) -> dict[str, EngineStatus]:
+        return {
+            engine_id: EngineStatus(
+                state=queue.view.state,
+                running=queue.view.running_online + queue.view.running_batch,
+                waiting={"online": queue.view.online, "batch": queue.view.batch},
+                announced=queue.view.announced,
+                loads=self.residency.loads[engine_id],
+                load_s=float(self.residency.load_s[engine_id]),
+                failure=queue.failure or None,
+            )
+            for engine_id, queue in self._queues.items()
+        }
 
 
-def chains(
-    decision: RouteDecision, experts: Mapping[str, Expert], *, max_calls: int, hedge_after_s: float | None
-) -> list[Expert]:
-    """One Expert for each choice of ``decision``, backed by the next best candidates: at most ``max_calls`` are asked
-    altogether. A hedged choice takes the first spare."""
-    chosen = decision.expert_ids
-    if len(chosen) >= max_calls or len(chosen) == len(decision.scores):
-        return [experts[e] for e in chosen]
-    spares = iter([experts[e] for e in decision.ranked() if e not in chosen][: max_calls - len(chosen)])
-    rows: list[Expert] = []
-    for expert_id in chosen:
-        first = experts[expert_id]
-        if hedge_after_s is not None and (second := next(spares, None)) is not None:
-            first = Hedged(first, second, after_s=hedge_after_s)
-        rows.append(Fallback(first, spares))
-    return rows
+class Resident:
+    """An expert whose engine may have to be loaded first. The wait is nobody's failure: it counts neither for the clock
+    around the call, which is inside, nor for the breaker."""
 
+    def __init__(self, inner: Expert, dispatcher: Dispatcher) -> None:
+        self.spec = inner.spec
+        self._inner = inner
+        self._dispatcher = dispatcher
 
-def affordable(pool: Sequence[ExpertSpec], request: Request, max_usd: float | None) -> list[ExpertSpec]:
-    """The experts whose dearest answer to ``request`` (see dearest_usd) stays within ``max_usd``. Raises BadRequest
-    when there is none."""
-    if max_usd is None:
-        return list(pool)
-    usd = {s.expert_id: dearest_usd(s, request) for s in pool}
-    within = [s for s in pool if usd[s.expert_id] <= max_usd]
-    if not within:
-        raise _too_dear(min(usd.values()), max_usd)
-    return within
+    async def generate(self, request: Request) -> ChunkStream:
+        lease = self._dispatcher.lease(self.spec.engine_id, priority=request.priority, expires_s=request.expires_s)
+        async with lease, aclosing(self._inner.generate(request)) as stream:
+            async for chunk in stream:
+                yield chunk
 
-
-def calls_within(ranked: Iterable[ExpertSpec], request: Request, *, max_calls: int, max_usd: float) -> int:
-    """How many of ``ranked``, best first, may be asked: ``max_calls`` at most, and only as long as the dearest answers
-    of all of them together stay within ``max_usd``. Raises BadRequest when not even the first does.
-
-    An expert asked again after a failure counts once: what failed before it began has cost nothing.
-    """
-    calls, total = 0, 0.0
-    for spec in ranked:
-        total += dearest_usd(spec, request)
-        if calls == max_calls or total > max_usd:
-            break
-        calls += 1
-    if calls == 0:
-        raise _too_dear(total, max_usd)
-    return calls
-
-
-def dearest_usd(spec: ExpertSpec, request: Request) -> float:
-    """What an answer may cost at most. The prompt, the expert's own included, is counted at 4 characters a token; each
-    of the ``n`` answers at max_tokens (256 where neither the request nor the expert sets it)."""
-    own = (spec.system_prompt or "", *(text for demo in spec.demos for text in demo))
-    asked = (request.prompt or "", *(m.content or "" for m in request.messages))
-    prompt_tokens = sum(len(text) for text in (*own, *asked)) / 4
-    answer_tokens = request.params.n * (request.params.max_tokens or spec.defaults.max_tokens or 256)
-    return (prompt_tokens * spec.usd_per_mtok_in + answer_tokens * spec.usd_per_mtok_out) / 1e6
-
-
-def _too_dear(usd: float, max_usd: float) -> BadRequest:
-    return BadRequest(
-        f"No answer can be had for {max_usd:g} USD; it may take {usd:.4g}. "
-        "Raise collegium.max_usd or lower max_tokens.",
-        param="collegium.max_usd",
-    )
+    async def aclose(self) -> None:
+        await self._inner.aclose()

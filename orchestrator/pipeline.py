@@ -12,7 +12,8 @@ from dataclasses import replace
 from experts.base import Expert, collect_choices
 from experts.errors import BadRequest, ConfigError, DeadlineExceeded
 from experts.types import Chunk, ChunkStream, Completion, Request
-from orchestrator.dispatch import Admission, affordable, calls_within, chains
+from orchestrator.admission import Admission
+from orchestrator.chains import affordable, calls_within, chains
 from orchestrator.panel import ask_panel
 from orchestrator.run import Ledger, Policy, Run
 from routers.base import RouteDecision

@@ -7,27 +7,13 @@ A tie goes to the heavier side (``vote``), then to the one that the request's se
 in which answers came.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from math import fsum
-
-import orjson
+from collections.abc import Sequence
+from dataclasses import replace
 
 from experts.types import JSON, Completion, Request
-from orchestrator.aggregators.extract import (
-    Extract,
-    canonical_json,
-    make_extract,
-    read_request,
-    settle_percents,
-)
-from routers.base import RouteDecision, normalise
-
-_NEW = "\0"
-"""Stands for an answer that nobody has given yet; no extraction gives it."""
-_LABEL = 120
-"""Characters of an answer that the trace shows; voting compares all of it."""
+from orchestrator.aggregators.election import by_head, by_weight, elect, is_safe, read_ballots
+from orchestrator.aggregators.extract import make_extract
+from routers.base import RouteDecision
 
 
 class Vote:
@@ -42,15 +28,16 @@ class Vote:
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
-        ballots = _ballots(request, decision, completions, self._extract)
-        return _elect(_by_head(ballots), request)
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return elect(by_head(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         """Exact but for percentages: True when no answers of ``pending`` can make another answer win. Who words the
         winning answer may still change."""
-        return _is_safe(_ballots(request, decision, completions, self._extract), decision, pending, _by_head, request)
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return is_safe(ballots, decision, pending, by_head, request)
 
 
 class WeightedVote:
@@ -65,159 +52,26 @@ class WeightedVote:
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
-        ballots = _ballots(request, decision, completions, self._extract)
-        return _elect(_by_weight(ballots), request)
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return elect(by_weight(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         """As Vote's."""
-        return _is_safe(_ballots(request, decision, completions, self._extract), decision, pending, _by_weight, request)
+        ballots = read_ballots(request, decision, completions, self._extract)
+        return is_safe(ballots, decision, pending, by_weight, request)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ballot:
-    completion: Completion
-    answer: str | None
-    weight: float
-    counts: float = 0.0
+async def vote_instead(
+    request: Request, decision: RouteDecision, completions: Sequence[Completion], because: str
+) -> Completion:
+    """A weighted vote in the place of an aggregator that could not do its own work; the trace says ``because``."""
+    answer = await WeightedVote().aggregate(request, decision, completions)
+    return replace(answer, trace=noted(answer.trace, f"{because}: a weighted vote instead"))
 
 
-Counting = Callable[[Sequence[_Ballot]], list[_Ballot]]
-
-
-def _by_head(ballots: Sequence[_Ballot]) -> list[_Ballot]:
-    return [replace(b, counts=1.0) for b in ballots]
-
-
-def _by_weight(ballots: Sequence[_Ballot]) -> list[_Ballot]:
-    shares = iter(normalise([b.weight for b in ballots if b.answer is not None]))
-    return [b if b.answer is None else replace(b, counts=next(shares)) for b in ballots]
-
-
-def _ballots(
-    request: Request, decision: RouteDecision, completions: Sequence[Completion], extract: Extract
-) -> list[_Ballot]:
-    """The heaviest first, then the best ranked."""
-    asked = read_request(request)
-    weights = dict(zip(decision.expert_ids, decision.weights, strict=True))
-    least = min(decision.weights, default=1.0)
-    ranks = {expert_id: rank for rank, expert_id in enumerate(decision.ranked())}
-    answers = [_calls(c.tool_calls) if c.tool_calls else extract(c.text or "", asked) for c in completions]
-    ballots = [
-        _Ballot(completion=c, answer=a, weight=weights.get(c.expert_id, least))
-        for c, a in zip(completions, _settled(answers), strict=True)
-    ]
-    return sorted(ballots, key=lambda b: (-b.weight, *_place(b.completion, ranks)))
-
-
-def _place(completion: Completion, ranks: Mapping[str, int]) -> tuple[int, str, int, str]:
-    """A spot in the order of experts that no two answers share."""
-    expert_id = completion.expert_id
-    return ranks.get(expert_id, len(ranks)), expert_id, completion.index, completion.text or ""
-
-
-def _settled(answers: Sequence[str | None]) -> list[str | None]:
-    settled = iter(settle_percents([a for a in answers if a is not None]))
-    return [None if a is None else next(settled) for a in answers]
-
-
-def _calls(tool_calls: Sequence[JSON]) -> str:
-    """Tool calls agree when they name the same functions with equal arguments; their ids do not matter."""
-    functions = [call.get("function") or {} for call in tool_calls]
-    return canonical_json([[f.get("name"), _arguments(str(f.get("arguments")))] for f in functions])
-
-
-def _arguments(text: str) -> str:
-    """One spelling for equal arguments; what is no JSON stays as it is."""
-    try:
-        return canonical_json(orjson.loads(text))
-    except (orjson.JSONDecodeError, RecursionError):
-        return text
-
-
-def _elect(ballots: Sequence[_Ballot], request: Request) -> Completion:
-    """``ballots``, best first, to the winner's own Completion with an account of the election."""
-    votes = _count(ballots, "counts")
-    if not votes:
-        return _account(ballots[0], ballots, {}, "no answer could be read: the heaviest expert's is taken")
-    weights = _count(ballots, "weight")
-    winner = _winner(votes, weights, request)
-    tied = [a for a in votes if votes[a] == votes[winner]]
-    by = "weight" if sum(weights[a] == weights[winner] for a in tied) == 1 else "seed"
-    note = f"{len(tied)} answers tied; decided by {by}" if len(tied) > 1 else None
-    return _account(next(b for b in ballots if b.answer == winner), ballots, votes, note)
-
-
-def _winner(votes: Mapping[str, float], weights: Mapping[str, float], request: Request) -> str:
-    seed = request.metadata.get("route_seed", request.params.seed)
-    return max(votes, key=lambda a: (votes[a], weights[a], _lot(seed, a)))
-
-
-def _is_safe(
-    ballots: Sequence[_Ballot], decision: RouteDecision, pending: Sequence[str], counting: Counting, request: Request
-) -> bool:
-    """Whether the leader stays first when all of ``pending`` agree on any one other answer, read already or new."""
-    votes = _count(counting(ballots), "counts")
-    if not pending:
-        return True
-    # A percentage may yet be read as the number that a later answer gives; see settle_percents.
-    if not votes or any(answer.endswith("%") for answer in votes):
-        return False
-    leader = _winner(votes, _count(ballots, "weight"), request)
-    weights = dict(zip(decision.expert_ids, decision.weights, strict=True))
-    late_weights = [weights.get(e, 0.0) for e in pending]
-    rivals = [answer for answer in votes if answer != leader]
-    return all(_holds(leader, rival, ballots, late_weights, counting, request) for rival in [*rivals, _NEW])
-
-
-def _holds(
-    leader: str,
-    rival: str,
-    ballots: Sequence[_Ballot],
-    late_weights: Sequence[float],
-    counting: Counting,
-    request: Request,
-) -> bool:
-    late = [replace(ballots[0], answer=rival, weight=weight) for weight in late_weights]
-    ballots = [*ballots, *late]
-    votes, weights = _count(counting(ballots), "counts"), _count(ballots, "weight")
-    if rival == _NEW and (votes[leader], weights[leader]) == (votes[rival], weights[rival]):
-        return False  # nobody knows yet which of them the seed would pick
-    return _winner(votes, weights, request) == leader
-
-
-def _count(ballots: Sequence[_Ballot], what: str) -> dict[str, float]:
-    """By answer. Rounded, so that 0.1 + 0.2 ties with 0.3."""
-    sums: dict[str, list[float]] = {}
-    for ballot in ballots:
-        if ballot.answer is not None:
-            sums.setdefault(ballot.answer, []).append(getattr(ballot, what))
-    return {answer: round(fsum(parts), 9) for answer, parts in sums.items()}
-
-
-def _lot(seed: object, answer: str) -> bytes:
-    return blake2b(f"{seed}\0{answer}".encode(errors="replace"), digest_size=8).digest()
-
-
-def _account(winner: _Ballot, ballots: Sequence[_Ballot], votes: Mapping[str, float], note: str | None) -> Completion:
-    answers = [
-        {
-            "expert_id": b.completion.expert_id,
-            "extracted": _label(b.answer),
-            "weight": 0.0 if b.answer is None else round(b.counts, 9),
-        }
-        for b in ballots
-    ]
-    trace = {
-        "answers": answers,
-        "votes": {_label(answer): count for answer, count in votes.items()},
-        "winner": _label(winner.answer),
-    }
-    return replace(winner.completion, trace=trace if note is None else {**trace, "note": note})
-
-
-def _label(answer: str | None) -> str | None:
-    if answer is None or len(answer) <= _LABEL:
-        return answer
-    return f"{answer[:_LABEL]}… #{_lot('', answer).hex()}"
+def noted(trace: JSON | None, note: str) -> JSON:
+    """``trace`` with one note more."""
+    trace = trace or {}
+    return {**trace, "note": f"{note}; {trace['note']}" if "note" in trace else note}

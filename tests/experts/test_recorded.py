@@ -98,6 +98,12 @@ async def test_tokens_are_counted_from_what_was_recorded(engine):
     assert choices[0].usage.completion_tokens == 18
 
 
+async def test_stop_sequences_end_it_as_they_would_have_ended_the_engine(engine):
+    said = await answer(engine, params=SamplingParams(stop=("", "four", " makes", "never")))
+    assert said.text == "Two plus two"
+    assert said.usage.completion_tokens == 3
+
+
 async def test_the_adapter_names_the_recorded_expert(engine):
     expert = ExpertSpec(expert_id="teacher", engine_id="replay", adapter="bob")
     completion = await answer(engine, expert=expert)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from experts.errors import ConfigError
 from experts.types import Completion, Message, Request, SamplingParams
 from orchestrator.aggregators import AGGREGATORS
+from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.first import First
 from orchestrator.aggregators.vote import Vote, WeightedVote
 from orchestrator.build import make_aggregator
@@ -344,6 +346,12 @@ def test_what_is_settled_no_later_answer_changes(election, data, name):
     assert combine(aggregator, decision, [*came, *late], request).trace["winner"] == winner
 
 
+@cache
+def luckiest(seed):
+    """An answer that the seed prefers to about any other."""
+    return max(map(str, range(100, 5000)), key=lambda answer: lot(seed, answer))
+
+
 @settings(deadline=None, max_examples=200)
 @given(election=elections(), name=st.sampled_from(["vote", "weighted_vote"]))
 def test_what_is_not_settled_some_later_answers_change(election, name):
@@ -356,6 +364,6 @@ def test_what_is_not_settled_some_later_answers_change(election, name):
         return
     winners = {
         combine(aggregator, decision, [*came, *said(**dict.fromkeys(pending, text))], request).trace["winner"]
-        for text in ["4", "5", "0.5", "50", "(B)", "none", *map(str, range(100, 160))]
+        for text in ["4", "5", "0.5", "50", "(B)", "none", luckiest(seed)]
     }
     assert len(winners) > 1

@@ -16,7 +16,7 @@ from experts.fake import FakeEngine
 from experts.types import Completion, EngineSpec, ExpertSpec, Request
 from orchestrator.aggregators.base import Aggregator
 from orchestrator.aggregators.vote import Vote
-from orchestrator.dispatch import chains
+from orchestrator.chains import chains
 from orchestrator.panel import ask_panel
 from orchestrator.pipeline import deadline
 from orchestrator.resilience import Timed

@@ -14,8 +14,8 @@ from experts.base import EngineExpert, Expert
 from experts.errors import BadRequest, CollegiumError, ConfigError, DeadlineExceeded, ExpertFailed, QueueFull
 from experts.fake import FakeEngine
 from experts.types import Chunk, Completion, EngineSpec, ExpertSpec, Request, SamplingParams, Usage
+from orchestrator.admission import Admission
 from orchestrator.aggregators.first import First
-from orchestrator.dispatch import Admission
 from orchestrator.pipeline import Orchestrator, deadline
 from orchestrator.resilience import Breaker, BreakerState, CallRecord, Retrying, Timed
 from orchestrator.run import Ledger, Policy, Run

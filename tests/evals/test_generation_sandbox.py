@@ -1,0 +1,63 @@
+"""A model's code may do what it likes, to itself."""
+
+import os
+import socket
+
+import pytest
+
+from evals.generation import sandbox
+from evals.generation.sandbox import passes
+
+
+async def test_what_runs_to_its_end_passes():
+    assert await passes("assert sum(range(4)) == 6")
+    assert not await passes("assert sum(range(4)) == 7")
+    assert not await passes("this is no Python")
+    assert await passes("")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "raise SystemExit(0)",
+        "import os; os._exit(0)",
+        "import sys; sys.stdout.close()",
+        "print('a' * 10_000_000); raise ValueError",
+    ],
+)
+async def test_an_end_that_is_no_end_does_not_pass(program):
+    assert not await passes(program)
+
+
+async def test_time_is_limited(monkeypatch):
+    monkeypatch.setattr(sandbox, "WALL_S", 1.0)
+    assert not await passes("while True: pass")
+    assert not await passes("import time; time.sleep(60)")
+
+
+async def test_memory_and_files_are_limited(tmp_path):
+    assert not await passes("x = bytearray(2**30)")
+    assert not await passes("open('big', 'wb').write(b'a' * 2**22)")
+
+
+async def test_no_process_outlives_it():
+    assert not await passes("import os\nif os.fork() == 0:\n    import time; time.sleep(60)")
+
+
+async def test_there_is_no_network_and_no_environment(monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "hush")
+    assert await passes("import os; assert 'SECRET_KEY' not in os.environ")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not await passes(f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2)")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has rights to give up")
+async def test_it_has_no_rights(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("hush")
+    secret.chmod(0o600)
+    assert not await passes(f"open({str(secret)!r}).read()")
+    assert await passes("import os; assert os.getuid() != 0")
+    assert not await passes("import os; os.setuid(0)")
+    assert not await passes("import resource as r; r.setrlimit(r.RLIMIT_AS, (r.RLIM_INFINITY, r.RLIM_INFINITY))")
