@@ -141,6 +141,8 @@ def _vote(ballots: Ballots, gold: Array, panel: Array, weights_E: Array) -> Arra
         votes = ballots.votes_QE[:, expert]
         there = votes >= 0
         total[rows[there], votes[there]] += weights_E[expert] * (1 + 1e-6 * (len(panel) - place))
-    said = said_by_any(ballots.votes_QE[:, panel], total.shape[1])
+    votes_QK: Array = ballots.votes_QE[:, panel]
+    said = said_by_any(votes_QK, ballots.open_QO.shape[1])
     chosen = np.where(said.any(axis=1), np.where(said, total, -np.inf).argmax(axis=1), -1)
-    return (chosen == gold).astype(float)
+    right: Array = (chosen == gold).astype(float)
+    return right

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from orchestrator.aggregators.stacking.artefact import Fitted
+    from orchestrator.aggregators.stacking.build import Wish
 
 
 def stack(
@@ -41,18 +42,14 @@ def stack(
     )
 
 
-def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: object) -> "Fitted":
-    import numpy as np
-
+def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: "Wish") -> "Fitted":
     from experts.models import cache_dir
     from orchestrator.aggregators.stacking.artefact import fit
-    from orchestrator.aggregators.stacking.build import Wish
     from orchestrator.aggregators.stacking.recorded import read_recorded, rows_of
     from orchestrator.commands.screen import bars, make_console
 
-    assert isinstance(wish, Wish)  # noqa: S101
     with bars(make_console(stderr=True)) as progress:
         progress.start("reading the answers", None, "bytes")
         recorded = read_recorded(pool, experts, cache=cache_dir() / "stacking")
-        rows: np.ndarray = rows_of(recorded, splits)
+        rows = rows_of(recorded, splits)
         return fit(recorded, rows, wish, on_step=lambda step: progress.start(step, None, "bytes"))
