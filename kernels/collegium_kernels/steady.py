@@ -23,7 +23,8 @@ def steady_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
     R, D = x_RD.shape
     line = LINE_BYTES // x_RD.element_size()
     x = _laid_out(x_RD, -R % ROWS, -D % line)
-    w = _laid_out(w_ND, int(w_ND.shape[0] == 1), -D % line)
+    # Few outputs take other paths too: on some CPUs a product with two of them depends on its rows.
+    w = _laid_out(w_ND, -w_ND.shape[0] % ROWS, -D % line)
     return (x @ w.t())[:R, : w_ND.shape[0]]
 
 
