@@ -48,8 +48,8 @@ class Speeds:
 
 
 class FakeEngine:
-    """``calls`` counts calls begun, ``running`` those under way, ``cancelled`` those that were closed or cancelled; ``tries``
-    counts loads begun."""
+    """``calls`` counts calls begun, ``running`` those under way, ``cancelled`` those that were closed or cancelled;
+    ``tries`` counts loads begun."""
 
     def __init__(self, spec: EngineSpec) -> None:
         _check(f"Engine '{spec.engine_id}': unknown option", spec.options, OPTIONS)
