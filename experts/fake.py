@@ -48,7 +48,8 @@ class Speeds:
 
 
 class FakeEngine:
-    """``calls`` counts calls begun, ``running`` those under way, ``cancelled`` those that were closed or cancelled."""
+    """``calls`` counts calls begun, ``running`` those under way, ``cancelled`` those that were closed or cancelled;
+    ``tries`` counts loads begun."""
 
     def __init__(self, spec: EngineSpec) -> None:
         _check(f"Engine '{spec.engine_id}': unknown option", spec.options, OPTIONS)
@@ -57,7 +58,7 @@ class FakeEngine:
         self.spec = spec
         self.speeds = Speeds(**{name: spec.options[name] for name in SPEEDS if name in spec.options})
         self.calls = 0
-        self.loads = 0
+        self.tries = 0
         self.running = 0
         self.cancelled = 0
         self.loaded = False
@@ -67,8 +68,8 @@ class FakeEngine:
         self._script = [outcome for outcome in spec.options.get("fail", ()) if outcome != "load"] or ["ok"]
 
     async def load(self) -> None:
-        outcome = self._loads[min(self.loads, len(self._loads) - 1)]
-        self.loads += 1
+        outcome = self._loads[min(self.tries, len(self._loads) - 1)]
+        self.tries += 1
         await asyncio.sleep(self.speeds.load_s)
         if outcome == "hang":
             await asyncio.Event().wait()

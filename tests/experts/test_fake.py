@@ -152,3 +152,22 @@ async def test_an_engine_that_was_unloaded_or_did_not_load_does_not_answer() -> 
 def test_a_script_with_a_mistake_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         engine(**options)
+
+
+async def test_time_is_a_matter_of_tokens_and_the_cache_has_an_end() -> None:
+    fake, loop = engine(text="a b c d", prefill_tps=100, decode_tps=100, kv_tokens=12), asyncio.get_running_loop()
+    request = Request(prompt="one two three four")
+    assert fake.speeds.run_s(4, 4) == pytest.approx(0.08)
+    start = loop.time()
+    await asyncio.gather(*(chunks(fake, request) for _ in range(2)))
+    assert loop.time() - start >= 0.155, "16 tokens: one after the other"
+
+
+async def test_loads_follow_a_script_of_their_own() -> None:
+    fake = engine(fail_load=["error", "memory", "ok"])
+    with pytest.raises(ExpertFailed, match="this time"):
+        await fake.load()
+    with pytest.raises(MemoryError):
+        await fake.load()
+    await fake.load()
+    assert (fake.loaded, fake.tries) == (True, 3)

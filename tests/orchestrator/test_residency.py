@@ -86,7 +86,7 @@ def test_a_load_that_fails_once_is_tried_again(virtual: Virtual) -> None:
     async def go() -> None:
         bench = Bench(a={"load_s": 2.0, "fail_load": ["error", "ok"]})
         assert await bench.use("a") == 1005.0
-        assert bench.engines["a"].loads == 2
+        assert bench.engines["a"].tries == 2
 
     virtual(go)
 
