@@ -25,7 +25,7 @@ from orchestrator.aggregators.reward_moe.bradley_terry import (
 )
 from orchestrator.aggregators.reward_moe.corpus import Corpus
 from orchestrator.aggregators.reward_moe.dmoerm import Base, DMoERM, Inner
-from orchestrator.aggregators.reward_moe.samples import GENUINE, VERBOSITY
+from orchestrator.aggregators.reward_moe.samples import VERBOSITY
 from routers.questions import Labels, Questions
 from routers.records import Array
 
@@ -104,13 +104,11 @@ def capability_pairs(corpus: Corpus, *, margin: float = 0.2, most: int = 20_000,
     panel only, so that their number grows with the answers. A shorter answer counts as the more concise one."""
     rng, prompt_N = np.random.default_rng(seed), corpus.inputs.prompt_N
     a = np.arange(len(prompt_N) - 1)
-    a = a[prompt_N[a] == prompt_N[a + 1]]
-    real_K = corpus.real_N[a] & corpus.real_N[a + 1]
+    a = a[(prompt_N[a] == prompt_N[a + 1]) & corpus.real_N[a] & corpus.real_N[a + 1]]
     found = {}
     for column, name in enumerate(corpus.objectives):
         label_N = -2 * corpus.labels_NO[:, column] if name == VERBOSITY else corpus.labels_NO[:, column]
-        # An attack is worse in every way; only whether an answer is genuine is to be learned from it.
-        gap = np.where(real_K | (name == GENUINE), label_N[a] - label_N[a + 1], 0.0)
+        gap = label_N[a] - label_N[a + 1]
         better = np.concatenate([a[gap > margin], a[gap < -margin] + 1])
         worse = np.concatenate([a[gap > margin] + 1, a[gap < -margin]])
         pairs = np.stack([better, worse], axis=1)

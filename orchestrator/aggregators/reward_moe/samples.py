@@ -22,8 +22,7 @@ from routers.records import Array, Records
 
 Labels = Mapping[str, float]
 
-ANSWERED, VERBOSITY, GENUINE = "readable", "verbosity", "genuine"
-"""GENUINE is 1 for answers and 0 for attacks, whatever the source: what one source teaches of them helps the others."""
+ANSWERED, VERBOSITY = "readable", "verbosity"
 _MAX_PAIRS = 4
 _ATTACK_PAIRS = 2
 """Of one sample: else half of all pairs would teach nothing but what an attack looks like."""
@@ -140,7 +139,6 @@ def _graded(
             "agreement": _share(records, drawn.question, expert),
             ANSWERED: float(answer.answer is not None),
             VERBOSITY: _verbosity(answer.text or ""),
-            GENUINE: 1.0,
         }
         for expert, answer, score in zip(drawn.experts, found, scores, strict=True)
     ]
@@ -220,14 +218,12 @@ def preference_samples(
 def _compared(row: Mapping[str, Any], name: str, rng: np.random.Generator, *, attacked: bool) -> Sample:
     texts = [row["response_a"], row["response_b"]]
     won = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}[row["label"]]
-    labels: list[Labels] = [
-        {f"preferred:{name}": w, VERBOSITY: _verbosity(t), GENUINE: 1.0} for w, t in zip(won, texts, strict=True)
-    ]
+    labels: list[Labels] = [{f"preferred:{name}": w, VERBOSITY: _verbosity(t)} for w, t in zip(won, texts, strict=True)]
     pairs = [] if row["label"] == "tie" else [(0, 1) if row["label"] == "a" else (1, 0)]
     if attacked:
         text = _attack(row["prompt"], rng)
         texts.append(text)
-        labels.append({f"preferred:{name}": 0.0, VERBOSITY: _verbosity(text), GENUINE: 0.0})
+        labels.append({f"preferred:{name}": 0.0, VERBOSITY: _verbosity(text)})
         pairs += [(0, 2), (1, 2)]
     return Sample(
         panel=make_panel(row["prompt"], (), texts),
