@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from orchestrator.aggregators.reward_moe.artefact import Fitted
 
+
 def reward(
     out: Annotated[Path, typer.Option(help="Folder for the fitted reward.")],
     pool: Annotated[
