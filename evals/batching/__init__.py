@@ -1,0 +1,1 @@
+"""Grouping work by engine against loading per question, measured."""
