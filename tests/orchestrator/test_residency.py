@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from experts.base import EngineExpert
-from experts.errors import DeadlineExceeded, QueueFull, Unavailable
+from experts.errors import ConfigError, DeadlineExceeded, QueueFull, Unavailable
 from experts.fake import FakeEngine
 from experts.types import EngineSpec, ExpertSpec, Request
+from orchestrator.build import build_service
+from orchestrator.config import parse_config
 from orchestrator.dispatch import Dispatcher, Resident
+from orchestrator.host import Host
 from orchestrator.loading import GIB, Loader, Loading
 from orchestrator.residency import Residency
+from orchestrator.run import Run
 from orchestrator.swaps import Rules
 from tests.orchestrator.served import serving
 
@@ -273,3 +277,26 @@ def test_requests_of_an_engine_that_does_not_load_go_to_the_next_best() -> None:
         assert (status, "B heard" in text) == (200, True)
         assert served.http.get("/readyz").json()["engines"]["a"].startswith("failed")
         assert ask(served, "A")[0] == 503
+
+
+async def test_a_reload_shares_the_slots_and_ends_what_no_service_has_any_more() -> None:
+    made: list[FakeEngine] = []
+
+    def make(spec: EngineSpec) -> FakeEngine:
+        made.append(FakeEngine(spec))
+        return made[-1]
+
+    host = Host(parse_config(two()), lambda config, engines: build_service(config, engines, make=make))
+    await host.start()
+    assert [engine.loaded for engine in made] == [True, False]
+    changed = two()
+    changed["engines"]["b"]["options"] = {"text": "new"}
+    await host.reload(parse_config(changed))
+    assert [engine.loaded for engine in made] == [True, False, False], "a stays, the new b comes when it is asked"
+    run = Run(request=Request(prompt="?"), policy=host.service.policies.resolve("B"))
+    assert (await host.service.orchestrator.complete(run))[0].text == "new"
+    assert [engine.loaded for engine in made] == [False, False, True]
+    with pytest.raises(ConfigError, match="by a restart only"):
+        await host.reload(parse_config({**changed, "residency": {}}))
+    await host.close()
+    assert not any(engine.loaded for engine in made)
