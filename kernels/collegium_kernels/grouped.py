@@ -72,7 +72,7 @@ class TorchBackend:
         return None if weights.precision == "native" else "torch computes with unquantised weights only"
 
     def how(self, weights: ExpertWeights) -> str:
-        return "one product an expert, in multiples of eight rows"
+        return "products of sixteen rows"
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         def run(x_TD: Tensor, routing: Routing) -> Tensor:

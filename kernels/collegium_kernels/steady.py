@@ -1,9 +1,8 @@
 """A matrix product whose rows do not depend on how many rows there are.
 
-BLAS picks its code by the number of rows and by how they lie in memory: one row alone, the last few of an uneven block,
-or rows that do not start on a cache line are summed in another order. Rows in multiples of eight, of whole cache lines,
-all take the same path (measured with MKL and oneDNN for fp32, bf16 and fp16; the tests check it), so that a token's
-logits do not change with its neighbours.
+BLAS picks its code by the number of rows and by how they lie in memory, and sums in another order. Which numbers take
+the same path differs from one CPU to the next, so that every product here has the same number of rows, of whole cache
+lines: a token's logits do not change with its neighbours. It costs speed where rows are many.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS = 8
+ROWS = 16
 LINE_BYTES = 64
 # Elements to fill up to, and the most that torch computes without splitting them among threads.
 VECTOR, SERIAL = 64, 32768
@@ -25,7 +24,8 @@ def steady_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
     x = _laid_out(x_RD, -R % ROWS, -D % line)
     # Few outputs take other paths too: on some CPUs a product with two of them depends on its rows.
     w = _laid_out(w_ND, -w_ND.shape[0] % ROWS, -D % line)
-    return (x @ w.t())[:R, : w_ND.shape[0]]
+    blocks = [block @ w.t() for block in x.split(ROWS)] if len(x) else [x @ w.t()]
+    return torch.cat(blocks)[:R, : w_ND.shape[0]]
 
 
 def _laid_out(matrix: Tensor, more_rows: int, more_columns: int) -> Tensor:
