@@ -95,10 +95,14 @@ class Orchestrator:
             raise ConfigError(f"Router '{decision.router}' chose among {sorted(decision.scores)}; fit it again.")
         top_k = 1 if policy.aggregator.takes_one else policy.top_k
         top_k = min(top_k, self._calls_within(decision, request, policy))
-        top_k = self._combinable(decision.top(top_k), request, policy)
-        if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
+        chosen = decision.top(top_k)
+        experts = self._combinable(chosen, request, policy)
+        while len(chosen.expert_ids) > experts:  # draws that repeat an expert make fewer experts than draws
+            top_k -= 1
+            chosen = decision.top(top_k)
+        if request.params.n > 1 and len(chosen.expert_ids) > 1:
             raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
-        return decision.top(top_k)
+        return chosen
 
     def _calls_within(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
         if policy.max_usd is None:
