@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,7 +14,7 @@ from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
 from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
-from orchestrator.aggregators.base import Aggregator, AggregatorParts, consulted
+from orchestrator.aggregators.base import Aggregator, AggregatorParts, Closing, consulted
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
 from orchestrator.dispatch import Dispatcher, Resident
 from orchestrator.loading import Loading
@@ -28,6 +29,8 @@ from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder, MiniLM
 from routers.static import WordLlama
+
+log = logging.getLogger(__name__)
 
 FREE_ROUTERS = ("always", "random", "hash", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
@@ -49,6 +52,16 @@ class Service:
     ledger: Ledger
     dispatcher: Dispatcher
     orchestrator: Orchestrator
+
+    async def aclose(self) -> None:
+        """Give back what its experts and aggregators hold alone; its engines may answer for another Service too. One
+        that fails is logged: the others are still to be given back."""
+        closing = [(a.name, a.aclose) for a in self.policies.aggregators if isinstance(a, Closing)]
+        for name, close in [*((x.spec.expert_id, x.aclose) for x in self.experts.values()), *closing]:
+            try:
+                await close()
+            except Exception:
+                log.exception("%s did not end cleanly", name)
 
 
 def make_engine(spec: EngineSpec) -> Engine:

@@ -7,13 +7,13 @@ which answers came.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import numpy as np
 
 from experts.errors import ConfigError
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
+from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.extract import Asked, make_extract, read_request, settle_percents
 from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import Stack
@@ -67,7 +67,7 @@ class Stacked:
             return self._account(winner, heard, posterior_O, counts_A, note)
         seed = request.metadata.get("route_seed", request.params.seed)
         rounded = {o: round(float(posterior_O[o]), 9) for o in said}
-        best = max(said, key=lambda o: (rounded[o], _lot(seed, heard.options[o])))
+        best = max(said, key=lambda o: (rounded[o], lot(seed, heard.options[o])))
         tied = sum(rounded[o] == rounded[best] for o in said)
         votes = [(-counts_A[i], a.place, a) for i, a in enumerate(heard.answers) if a.vote == best]
         note = f"{tied} options tied; decided by seed" if tied > 1 else None
@@ -206,10 +206,6 @@ def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
 
 def _vote(answer: str, asked: Asked, options: Sequence[str]) -> int:
     return letter_place(answer, options) if asked.options else options.index(answer)
-
-
-def _lot(seed: object, option: str) -> bytes:
-    return blake2b(f"{seed}\0{option}".encode(errors="replace"), digest_size=8).digest()
 
 
 def _label(option: str, place: int, asked: Asked) -> str:
