@@ -46,6 +46,7 @@ _CPU_DEFAULTS: Mapping[str, Any] = {
     "max_model_len": -1,
     "max_num_seqs": 32,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    "worker_cls": "experts.vllm_worker.Worker",
 }
 """Only whole blocks of a prompt are remembered: by vLLM's own 128 an expert's prompt seldom fills one, by 32 the first
 token came after 19 ms instead of 38. Compiling takes minutes, and made SmolLM2 talk nonsense (gcc 12, vLLM 0.29). -1 is
