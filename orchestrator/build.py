@@ -172,6 +172,9 @@ def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: C
         top_k=wanted.top_k,
         max_calls=max_calls,
         max_usd=wanted.max_usd,
+        one_by_one=wanted.one_by_one,
+        quorum=wanted.quorum,
+        late_s=wanted.late_s,
     )
 
 

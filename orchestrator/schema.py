@@ -83,7 +83,7 @@ def _mount_batches(app: FastAPI, batches: BatchEndpoints) -> None:
             batches.files,
             replies.Files,
             "Your files, the newest first",
-            _asks_for("purpose", *_PAGE),
+            _asks_for("purpose", *_PAGE, most=10_000),
         ),
         ("GET", "/v1/files/{file_id}", batches.file, file, "One file", {}),
         ("DELETE", "/v1/files/{file_id}", batches.delete, replies.FileDeleted, "Delete a file", {}),

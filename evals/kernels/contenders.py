@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 Run = Callable[[Tensor, Routing], Tensor]
-# Why these are not beside ours, each tried by pip on Python 3.11.
+# What pip found for Python 3.11; none was wired in or run, so nothing is said of their speed.
 NOT_BESIDE = {
-    "zentorch": "could not be had: the index offers 2.14.0.1 alone, which needs torch 2.14; vLLM 0.29 needs 2.13",
-    "kt-kernel": "not run: 0.7.2 needs torch 2.9.1 and computes in its own thread pool, outside one thread's CPU time",
-    "llama.cpp": "not run: llama-cpp-python 0.3.36 builds, but exposes no layer of experts, only whole models",
+    "zentorch": "not run: 2.14.0.1 is the only version on the index, vLLM 0.29 pins torch 2.13",
+    "kt-kernel": "not run: 0.7.2 asks for torch 2.9.1; its AVX512 extension imports, and is not wired in",
+    "llama.cpp": "not run: llama-cpp-python 0.3.36 builds, and ggml's mul_mat_id is not wired in",
 }
 
 

@@ -1,8 +1,7 @@
 """Our experts inside vLLM and transformers beside the stock ones, on a Mixtral upcycled from a small dense model.
 
 ``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own. With
-``--transformers`` the same prompts go through transformers' registry of experts, in fp32: there a text differs only
-where the experts do, while two bf16 engines part at the first near tie.
+``--transformers`` the same prompts go through transformers' registry of experts, in fp32.
 """
 
 import argparse

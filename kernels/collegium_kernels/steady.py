@@ -24,8 +24,8 @@ def steady_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
     x = _laid_out(x_RD, -R % ROWS, -D % line)
     # Few outputs take other paths too: on some CPUs a product with two of them depends on its rows.
     w = _laid_out(w_ND, -w_ND.shape[0] % ROWS, -D % line)
-    blocks = [block @ w.t() for block in x.split(ROWS)] if len(x) else [x @ w.t()]
-    return torch.cat(blocks)[:R, : w_ND.shape[0]]
+    blocks = [x[start : start + ROWS] @ w.t() for start in range(0, len(x), ROWS)] or [x @ w.t()]
+    return torch.cat(blocks)[:R, : w_ND.shape[0]].contiguous()
 
 
 def _laid_out(matrix: Tensor, more_rows: int, more_columns: int) -> Tensor:

@@ -186,21 +186,21 @@ async def test_a_request_may_name_what_the_config_uses_and_what_is_free() -> Non
 
 
 class OneEncoder:
-    name, width = "one", 1
+    name, width, runtime = "one", 1, "none"
 
     async def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return np.ones((len(texts), 1), np.float32)
 
 
 def test_the_encoder_is_made_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[str, int]] = []
+    made: list[tuple[str, int, str]] = []
 
-    def make(model: str, cache_size: int) -> OneEncoder:
-        made.append((model, cache_size))
+    def make(model: str, cache_size: int, runtime: str) -> OneEncoder:
+        made.append((model, cache_size, runtime))
         return OneEncoder()
 
     monkeypatch.setattr(build, "make_encoder", make)
     service = build_service(config(encoder={"model": "m", "cache": 7}))
     assert made == []
     assert service.encoder() is service.encoder()
-    assert made == [("m", 7)]
+    assert made == [("m", 7, "auto")]
