@@ -1,6 +1,5 @@
-"""Aggregators that were fitted, over HTTP: the same bad answers as in test_combining_http.py, and a reward gone wrong."""
+"""Aggregators that were fitted, over HTTP: the bad answers of test_combining_http.py, and a reward gone wrong."""
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,14 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from orchestrator.aggregators.reward_moe import artefact as rewards
-from orchestrator.aggregators.reward_moe.build import build_reward, read_material
-from orchestrator.aggregators.stacking import artefact as stacks
-from orchestrator.aggregators.stacking.build import Wish
-from orchestrator.aggregators.stacking.recorded import read_recorded, rows_of
-from routers.static import WordLlama
-from tests.conftest import write_rows
-from tests.orchestrator.planted import RATES, write_pool
+from tests.orchestrator.planted import RATES, fit_reward, fit_stack
 from tests.orchestrator.served import Served, serving
 from tests.orchestrator.test_combining_http import ENGINES, PANELS, ask, panel, text
 
@@ -58,8 +50,12 @@ def served(tmp_path_factory: pytest.TempPathFactory, broken_reward: Path) -> Ite
     folder = tmp_path_factory.mktemp("fitted")
     names = dict(zip(("a", "seven", "vague", "lone"), RATES, strict=True))
     combiners: dict[str, Any] = {
-        "stack": {"name": "stack", "artefact": str(_stack(folder)), "options": {"names": names, "threshold": 1}},
-        "trained": {"name": "best_of", "artefact": str(asyncio.run(_reward(folder)))},
+        "stack": {
+            "name": "stack",
+            "artefact": str(fit_stack(folder, RATES)),
+            "options": {"names": names, "threshold": 1},
+        },
+        "trained": {"name": "best_of", "artefact": str(fit_reward(folder))},
         "nan": {"name": "best_of", "artefact": str(broken_reward)},
     }
     policies = {
@@ -77,23 +73,6 @@ def served(tmp_path_factory: pytest.TempPathFactory, broken_reward: Path) -> Ite
     }
     with serving(config) as running:
         yield running
-
-
-def _stack(folder: Path) -> Path:
-    recorded = read_recorded(write_pool(folder / "pool"))
-    stacks.save(stacks.fit(recorded, rows_of(recorded, ["train"]), Wish(with_prior=False)), folder / "stack")
-    return folder / "stack"
-
-
-async def _reward(folder: Path) -> Path:
-    rows = [
-        {"prompt": f"How many are {n}?", "response_a": f"It has {n} legs.", "response_b": "Who?", "label": "a"}
-        for n in range(40)
-    ]
-    write_rows(folder / "preferences" / "counts.jsonl.gz", rows)
-    material = read_material([], [folder / "preferences"], seed=0)
-    rewards.save(await build_reward("single", material, WordLlama(), folder / "cache", seed=0), folder / "reward")
-    return folder / "reward"
 
 
 @pytest.mark.parametrize("combiner", COMBINERS)
