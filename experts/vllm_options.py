@@ -76,7 +76,8 @@ def environment(model: str) -> dict[str, str]:
 def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, cores: int) -> Options:
     """``spec.options`` and the defaults, sorted by who takes them. ``known`` are vLLM's engine arguments.
 
-    Raises ConfigError for an option that nobody knows, naming the nearest, and for an adapter that is not one.
+    Raises ConfigError for an option that nobody knows, naming the nearest, for an adapter that is not one, and for
+    sleep on a CPU.
     """
     allowed = sorted({*known, *_OURS} - {*_NOT_OPTIONS})
     for name in spec.options:
@@ -84,6 +85,11 @@ def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, c
             close = difflib.get_close_matches(name, allowed, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "see vLLM's engine arguments."
             raise ConfigError(f"Engine '{spec.engine_id}': unknown option '{name}'; {hint}")
+    if cpu and spec.options.get("enable_sleep_mode"):
+        raise ConfigError(
+            f"Engine '{spec.engine_id}': vLLM sleeps on GPUs only. Leave residency.sleep (and enable_sleep_mode) out: on "
+            "a CPU an engine that goes ends, and all its memory is free."
+        )
     adapters = {name: str(Path(folder).expanduser()) for name, folder in (spec.options.get("adapters") or {}).items()}
     defaults = {"model": model, **_DEFAULTS, **_lora(spec.engine_id, adapters, cpu=cpu)}
     defaults |= {**(_CPU_DEFAULTS if cpu else {}), **_executor(spec, cpu=cpu, cores=cores)}

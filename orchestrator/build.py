@@ -4,7 +4,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -81,7 +81,7 @@ def build_service(
     Raises ConfigError. Loads nothing: engines load in Host.start(), the encoder at its first use.
     """
     ledger, admission, given = Ledger(observers), _admission(config), engines or {}
-    engines = {e: given[e] if e in given else make(c.spec(e)) for e, c in config.engines.items()}
+    engines = {e: given[e] if e in given else make(_spec(e, config)) for e in config.engines}
     breakers = {e: _breaker(config) for e in engines}
     dispatcher = Dispatcher(_residency(config, engines))
     specs = [c.spec(e) for e, c in config.experts.items()]
@@ -189,6 +189,14 @@ def _wrap(
     return Retrying(Breaker(expert, breaker), retries=limits.retries, backoff_s=limits.backoff_s)
 
 
+def _spec(engine_id: str, config: Config) -> EngineSpec:
+    """vLLM has to know from the start that it is to sleep."""
+    spec = config.engines[engine_id].spec(engine_id)
+    if spec.backend == "vllm" and config.residency.limited and config.residency.sleep:
+        return replace(spec, options={"enable_sleep_mode": True, **spec.options})
+    return spec
+
+
 def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
     wanted = config.residency
     rules = Rules(
@@ -202,6 +210,7 @@ def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
         retries=wanted.load_retries,
         backoff_s=wanted.load_backoff_s,
         failed_s=wanted.failed_s,
+        sleep_level=wanted.sleep,
     )
     return Residency(engines, rules=rules, loading=loading, queue=wanted.queue)
 

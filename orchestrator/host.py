@@ -56,8 +56,8 @@ class Host:
             old = self.service
             kept = {e: x for e, x in old.engines.items() if config.engines.get(e) == old.config.engines[e]}
             new = self._build(config, kept)
-            if old.config.residency.limited != config.residency.limited:
-                raise ConfigError("The old config stays: residency is switched on and off by a restart only.")
+            if _way(old.config) != _way(config):
+                raise ConfigError("The old config stays: residency and its sleep are switched by a restart only.")
             await self._add({e: x for e, x in _stay(new).items() if e not in kept})
             new.dispatcher.join(old.dispatcher.residency, new.engines)
             self.service = new
@@ -138,6 +138,11 @@ async def _end(service: Service, engines: Sequence[Engine], *, after: Sequence[a
     await service.ledger.drained()
     await service.aclose()
     await _give_back(engines, service.dispatcher.residency)
+
+
+def _way(config: Config) -> tuple[bool, int | None]:
+    """What engines have to know from their start."""
+    return config.residency.limited, config.residency.sleep
 
 
 def _stay(service: Service) -> dict[str, Engine]:

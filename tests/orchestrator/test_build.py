@@ -204,3 +204,19 @@ def test_the_encoder_is_made_once_and_only_when_asked_for(monkeypatch: pytest.Mo
     assert made == []
     assert service.encoder() is service.encoder()
     assert made == [("m", 7, "auto")]
+
+
+@pytest.mark.parametrize(
+    ("residency", "told"),
+    [({"slots": 1, "sleep": 2}, True), ({"slots": 1}, None), ({"sleep": 2}, None)],
+)
+async def test_vllm_is_told_from_the_start_that_it_is_to_sleep(residency: dict[str, Any], told: bool | None) -> None:
+    made: list[EngineSpec] = []
+
+    def make(spec: EngineSpec) -> Engine:
+        made.append(spec)
+        return FakeEngine(EngineSpec(engine_id=spec.engine_id, backend="fake", model="fake"))
+
+    engines = {"v": {"backend": "vllm", "model": "m"}, "e": {"backend": "fake"}}
+    build_service(config(engines=engines, residency=residency), make=make)
+    assert [spec.options.get("enable_sleep_mode") for spec in made] == [told, None]

@@ -46,14 +46,14 @@ def begin(client, content=None, endpoint=CHAT, **more):
     return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **more)
 
 
-def ended(client, batch):
+def ended(client, batch, within_s=10.0):
     seen = [batch]
 
     def check():
         seen[0] = client.batches.retrieve(batch.id)
         return seen[0].status in ENDED
 
-    wait_for(check)
+    wait_for(check, within_s)
     return seen[0]
 
 
