@@ -4,7 +4,6 @@ Legend: T tokens, D width, E experts, F expert width, K slots, N output rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,29 +17,15 @@ from collegium_kernels.ragged import Routing, by_expert
 from torch import Tensor
 from torch.nn import functional
 
+from evals.kernels.shape import Shape
+
 Run = Callable[[Tensor, Routing], Tensor]
-# What pip found for Python 3.11; none was wired in or run, so nothing is said of their speed.
+# What pip found for Python 3.11, and why it is not in the table. llama.cpp's line goes when its libraries are there.
 NOT_BESIDE = {
     "zentorch": "not run: 2.14.0.1 is the only version on the index, vLLM 0.29 pins torch 2.13",
     "kt-kernel": "not run: 0.7.2 asks for torch 2.9.1; its AVX512 extension imports, and is not wired in",
-    "llama.cpp": "not run: llama-cpp-python 0.3.36 builds, and ggml's mul_mat_id is not wired in",
+    "llama.cpp": "not run: install llama-cpp-python, or pass the folder of its libraries with --llama-cpp",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model's layer of experts."""
-
-    name: str
-    E: int
-    F: int
-    D: int
-    k: int
-
-    @property
-    def numbers(self) -> int:
-        """Weights of one expert."""
-        return 3 * self.D * self.F
 
 
 def bf16_weights(shape: Shape) -> ExpertWeights:
