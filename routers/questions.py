@@ -1,10 +1,10 @@
 """What a router may know of a question before any expert is asked.
 
-Legend: Q questions, W width of the embedding, T tasks, D features.
+Legend: Q questions, W width of the embedding, T tasks, F features of form, D features.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Self
@@ -16,6 +16,7 @@ from routers.encoders import Encoder
 from routers.records import Array
 
 _BATCH = 128
+_FORM_SCALE = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,27 +68,69 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How long a question is and how many digits it has, in logs: all that tells hard from easy where there is one task
+    only. Both arrays are empty where it is not read."""
+
+    mean_F: Array
+    spread_F: Array
+
+    @classmethod
+    def fit(cls, questions: Questions, *, is_read: bool) -> Self:
+        if not is_read or not questions.texts:
+            return cls(mean_F=np.zeros(0, np.float32), spread_F=np.ones(0, np.float32))
+        forms = _forms(questions.texts)
+        return cls(mean_F=forms.mean(axis=0), spread_F=np.maximum(forms.std(axis=0), 1e-6))
+
+    def of(self, questions: Questions) -> Array:
+        """Q x F, centred; 0 for questions whose texts are not known."""
+        if not len(self.mean_F) or not questions.texts:
+            return np.zeros((len(questions), len(self.mean_F)), np.float32)
+        centred: Array = (_forms(questions.texts) - self.mean_F) / self.spread_F
+        return centred
+
+
+def _forms(texts: Sequence[str]) -> Array:
+    counts = [(len(text), sum(c.isdigit() for c in text)) for text in texts]
+    return np.log1p(np.array(counts, np.float32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """The features of linear models: the embedding scaled to unit variance in sum, and the task."""
+    """The features of linear models: the embedding scaled to unit variance in sum, the task, and with ``reads_form``
+    the form where the questions have one task at most. The form's scale leaves it all but unpenalised."""
 
     labels: Labels
+    form: Form
     mean_D: Array
     vector_scale: float
     label_scale: float
 
     @classmethod
-    def fit(cls, questions: Questions, *, vector_scale: float = 5.0, label_scale: float = 2.0) -> Self:
+    def fit(
+        cls,
+        questions: Questions,
+        *,
+        vector_scale: float = 5.0,
+        label_scale: float = 2.0,
+        reads_form: bool = False,
+    ) -> Self:
+        labels = Labels.fit(questions)
         bare = cls(
-            labels=Labels.fit(questions),
+            labels=labels,
+            form=Form.fit(questions, is_read=reads_form and len(labels.names) < 2),
             mean_D=np.zeros(1, np.float32),
             vector_scale=vector_scale,
             label_scale=label_scale,
         )
-        mean = bare.features(questions).mean(axis=0)
-        return cls(labels=bare.labels, mean_D=mean, vector_scale=vector_scale, label_scale=label_scale)
+        return replace(bare, mean_D=bare.features(questions).mean(axis=0))
 
     def features(self, questions: Questions) -> Array:
-        parts = (questions.vectors_QW * self.vector_scale, self.labels.of(questions) * self.label_scale)
+        parts = (
+            questions.vectors_QW * self.vector_scale,
+            self.labels.of(questions) * self.label_scale,
+            self.form.of(questions) * _FORM_SCALE,
+        )
         return np.concatenate(parts, axis=1, dtype=np.float32) - self.mean_D
 
 

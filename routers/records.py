@@ -65,6 +65,17 @@ class Records:
             raise ConfigError(f"Pool '{self.name}': split '{split}' is empty; there are {filled or 'none'}.")
         return rows
 
+    def lessons(self, split: str) -> Array:
+        """As ``rows``, of a split that a router can learn from. Raises ConfigError where all scores are one."""
+        rows = self.rows(split)
+        low, high = float(self.scores_QE[rows].min()), float(self.scores_QE[rows].max())
+        if low == high:
+            raise ConfigError(
+                f"Pool '{self.name}', split '{split}': every score in responses/ of {', '.join(self.expert_ids)} is "
+                f"{low:g} ({len(rows)} questions): there is nothing to learn from."
+            )
+        return rows
+
     def only(self, expert_ids: Sequence[str]) -> Self:
         """The same pool with these experts, in this order. Raises ConfigError for unknown and repeated ones."""
         known = {e: i for i, e in enumerate(self.expert_ids)}

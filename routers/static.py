@@ -20,12 +20,16 @@ _AT_ONCE = 32
 
 
 class WordLlama:
-    """WordLlama's vectors, 256 wide, out of its package's files: the package looks for them in the wrong folder."""
+    """WordLlama's vectors, 256 wide, out of its package's files: the package looks for them in the wrong folder.
+
+    Any white space counts as one space. Its tokenizer has tokens for line breaks and for runs of spaces, and a mean of
+    tokens would follow whoever lays the text out.
+    """
 
     NAME = "wordllama"
     READ_CHARS = 8_000
     width = 256
-    runtime = "numpy"
+    runtime = "numpy, single spaces"
 
     def __init__(self) -> None:
         self.name = self.NAME
@@ -51,7 +55,7 @@ class WordLlama:
         return unit
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        readable = [text[: self.READ_CHARS].encode("utf-8", "replace").decode() for text in texts]
+        readable = [" ".join(text[: self.READ_CHARS].split()).encode("utf-8", "replace").decode() for text in texts]
         return [found.ids for found in self._tokenizer.encode_batch(readable, add_special_tokens=False)]
 
     @cached_property

@@ -59,8 +59,8 @@ async def rewrite(
     plain = setting.asked.take(rows)
     asked = {"as asked": plain}
     for name, change in rewritings(_dearest(setting)).items():
-        vectors = await encoder.encode([change(text, rng) for text in texts])
-        asked[name] = Questions(vectors_QW=vectors, tasks=plain.tasks)
+        changed = tuple(change(text, rng) for text in texts)
+        asked[name] = Questions(vectors_QW=await encoder.encode(changed), tasks=plain.tasks, texts=changed)
         on_batch(len(texts))
     return Rewritten(rows=rows, asked=asked)
 

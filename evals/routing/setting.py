@@ -72,8 +72,8 @@ async def make_setting(
     hide_tasks: bool = False,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Setting:
-    """Raises ConfigError for a split that is empty or unknown."""
-    rows = records.rows(train), records.rows(test)
+    """Raises ConfigError for a split that is empty or unknown, and a train split with nothing to learn."""
+    rows = records.lessons(train), records.rows(test)
     vectors = await embed(encoder, records.texts, cache, on_batch=on_batch)
     cost, unit = costs(records)
     return Setting(

@@ -30,8 +30,10 @@ class Outcome:
 def aggregator_for(name: str, setting: Setting) -> Aggregator:
     """Answers are recorded as they were parsed, so votes compare them as they are. Raises ConfigError."""
     if name in VOTES and (setting.records.answers_QE[setting.test] < 0).all():
+        experts = ", ".join(setting.records.expert_ids)
         raise ConfigError(
-            f"Pool '{setting.records.name}' has scores only and no parsed answers: nothing can be voted on."
+            f"Pool '{setting.records.name}' has scores only: in responses/ of {experts} no row of the split has an "
+            "'answer', so that nothing can be voted on. Use --top-k 1, or another aggregator."
         )
     options = {"extract": "text"} if name in VOTES else {}
     return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)

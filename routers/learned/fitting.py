@@ -26,7 +26,7 @@ async def fit_router(
 ) -> Fitted:
     """Learns from ``split`` only. ``keywords`` of its questions are for 'skills', in place of mined ones. Raises
     ConfigError."""
-    rows, model = records.rows(split), model_class(name)
+    rows, model = records.lessons(split), model_class(name)
     # Embedded whole: an evaluation of the same pool then finds them in the cache.
     vectors = await embed(encoder, records.texts, cache)
     training = Training(

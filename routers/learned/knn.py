@@ -28,6 +28,7 @@ class Knn:
     vectors_NW: Array
     labels_NT: Array
     scores_NE: Array
+    mean_E: Array
     k: int
     strength: float
     same_task: float
@@ -45,6 +46,7 @@ class Knn:
             vectors_NW=training.questions.vectors_QW,
             labels_NT=labels.of(training.questions),
             scores_NE=training.scores_QE.astype(np.float32),
+            mean_E=training.scores_QE.mean(axis=0, dtype=np.float32),
             k=min(k, len(training.questions)),
             strength=strength,
             same_task=same_task,
@@ -56,9 +58,11 @@ class Knn:
         return np.concatenate([self._predict(questions.vectors_QW[b], labels[b]) for b in blocks])
 
     def _predict(self, vectors_QW: Array, labels_QT: Array) -> Array:
-        nearness = vectors_QW @ self.vectors_NW.T + self.same_task * (labels_QT @ self.labels_NT.T)
+        nearness = vectors_QW @ self.vectors_NW.T
+        if self.same_task:
+            nearness += self.same_task * (labels_QT @ self.labels_NT.T)
         sums = self.scores_NE[_nearest(nearness, self.k)].sum(axis=1)
-        return shrunk(sums, np.array(self.k), self.scores_NE.mean(axis=0), self.strength)
+        return shrunk(sums, np.array(self.k), self.mean_E, self.strength)
 
 
 def _nearest(nearness_QN: Array, k: int) -> Array:
@@ -83,6 +87,6 @@ def _tune(training: Training) -> Option:
             found = {same: _nearest(cosines + same * alike, largest.k) for same in SAME_TASK}
             for number, (k, strength, same) in enumerate(options):
                 near = largest.scores_NE[found[same][:, :k]]
-                means = shrunk(near.sum(axis=1), np.array(near.shape[1]), largest.scores_NE.mean(axis=0), strength)
+                means = shrunk(near.sum(axis=1), np.array(near.shape[1]), largest.mean_E, strength)
                 sums[number] += training.scores_QE[held[block], means.argmax(axis=1)].sum()
     return options[int(sums.argmax())]

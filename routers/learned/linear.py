@@ -31,7 +31,7 @@ class Linear:
 
     @classmethod
     def fit_with(cls, training: Training, strength: float) -> Self:
-        design = Design.fit(training.questions)
+        design = Design.fit(training.questions, reads_form=True)
         task = Task.fit_with(training, _PRIOR)
         left = training.scores_QE - task.predict(training.questions)
         weights = ridge(design.features(training.questions), left, strength)

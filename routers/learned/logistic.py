@@ -26,7 +26,7 @@ class Logistic:
 
     @classmethod
     def fit_with(cls, training: Training, strength: float) -> Self:
-        design = Design.fit(training.questions)
+        design = Design.fit(training.questions, reads_form=True)
         inputs, targets = design.features(training.questions), training.scores_QE
         # A quarter is the curvature of the logistic loss, which puts the strengths on ridge's scale.
         start = [np.zeros((inputs.shape[1], targets.shape[1])), log_odds(targets.mean(axis=0))]

@@ -44,8 +44,9 @@ class Learned:
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
 
     async def route(self, requests: Sequence[Request], pool: Sequence[ExpertSpec]) -> list[RouteDecision]:
-        vectors = await self._encoder.encode([request.question for request in requests])
-        questions = Questions(vectors_QW=vectors, tasks=tuple(told_task(request) for request in requests))
+        texts = tuple(request.question for request in requests)
+        vectors = await self._encoder.encode(texts)
+        questions = Questions(vectors_QW=vectors, tasks=tuple(told_task(request) for request in requests), texts=texts)
         if len(requests) == 1:
             rows = self._model.predict(questions)
         else:

@@ -90,6 +90,25 @@ def test_when_skills_say_nothing_a_model_takes_the_best_expert():
     assert (chosen == 2).mean() > 0.95
 
 
+@pytest.mark.parametrize("name", ["linear", "logistic", "threshold"])
+def test_length_tells_hard_from_easy_where_there_is_one_task(name):
+    """Vectors say nothing; long questions are failed by the first expert and not by the second."""
+    rng = np.random.default_rng(0)
+    long = rng.random(300) < 0.5
+    vectors = rng.normal(size=(300, 8)).astype(np.float32)
+    questions = Questions(vectors_QW=vectors, tasks=(None,) * 300, texts=tuple("x" * (400 if w else 20) for w in long))
+    scores = np.stack([~long, np.full(300, True)], axis=1) & (rng.random((300, 2)) < 0.95)
+    costs = np.array([1.0, 9.0])
+    training = Training(
+        questions=questions, scores_QE=scores.astype(np.float32), answers_QE=np.zeros((300, 2), int), costs_E=costs
+    )
+    predicted = model_class(name).fit(training).predict(questions)
+    margin = predicted[:, 1] - predicted[:, 0]
+    assert margin[long].min() > margin[~long].max()
+    unread = Questions(vectors_QW=vectors, tasks=questions.tasks)
+    assert np.isfinite(model_class(name).fit(training).predict(unread)).all()
+
+
 def test_a_task_never_seen_is_guessed_from_the_text():
     _, training = world(400)
     model = Task.fit(training)

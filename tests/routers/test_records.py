@@ -102,3 +102,14 @@ def test_costs_use_the_best_unit_that_all_experts_have(make_pool):
     cost, unit = costs(read_records(folder))
     assert unit == "usd"
     assert (cost == 0.5).all(), "a gap is filled with the expert's mean"
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_a_split_with_one_class_only_is_named_with_its_pool(make_pool, score):
+    folder = make_pool(questions=8)
+    for expert in ("algebra", "law", "cells", "prices"):
+        rewrite(folder, f"responses/{expert}-expert.jsonl.gz", lambda rows: [r.update(score=score) for r in rows])
+    records = read_records(folder)
+    with pytest.raises(ConfigError, match=rf"Pool 'toy', split 'train'.* is {score:g} \(4 questions\)"):
+        records.lessons("train")
+    assert len(records.rows("train")) == 4

@@ -33,6 +33,11 @@ async def test_a_text_alone_is_encoded_as_it_is_in_a_large_batch():
     assert await encoder.count_tokens(["one two three"]) == 3
 
 
+async def test_white_space_does_not_count():
+    plain, laid_out = await WordLlama().encode(["Which of the two is it?", " \nWhich  of\tthe\n\ntwo is it?\n "])
+    assert (plain == laid_out).all()
+
+
 def test_it_is_made_by_name_and_a_missing_package_is_named(monkeypatch):
     assert isinstance(make_encoder("wordllama", 10), WordLlama)
     monkeypatch.setattr(static.importlib.util, "find_spec", lambda _: None)
