@@ -16,7 +16,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 class Worker(CPUWorker):
     def init_device(self) -> None:
-        super().init_device()
+        super().init_device()  # type: ignore[no-untyped-call]
         runner = self.model_runner
         if isinstance(runner, CPUModelRunner):
             _mend(runner)
