@@ -195,7 +195,7 @@ class OneEncoder:
 def test_the_encoder_is_made_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int]] = []
 
-    def make(model: str, cache_size: int) -> OneEncoder:
+    def make(model: str, cache_size: int, runtime: str) -> OneEncoder:
         made.append((model, cache_size))
         return OneEncoder()
 
