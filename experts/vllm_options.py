@@ -87,8 +87,8 @@ def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, c
             raise ConfigError(f"Engine '{spec.engine_id}': unknown option '{name}'; {hint}")
     if cpu and spec.options.get("enable_sleep_mode"):
         raise ConfigError(
-            f"Engine '{spec.engine_id}': vLLM sleeps on GPUs only. Leave residency.sleep (and enable_sleep_mode) out: on "
-            "a CPU an engine that goes ends, and all its memory is free."
+            f"Engine '{spec.engine_id}': vLLM sleeps on GPUs only. Leave residency.sleep (and enable_sleep_mode) out: "
+            "on a CPU an engine that goes ends, and all its memory is free."
         )
     adapters = {name: str(Path(folder).expanduser()) for name, folder in (spec.options.get("adapters") or {}).items()}
     defaults = {"model": model, **_DEFAULTS, **_lora(spec.engine_id, adapters, cpu=cpu)}
