@@ -211,7 +211,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench-results/kernels"))
     parser.add_argument("--all-shapes", action="store_true", help="also the other models' shapes")
     parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--only", choices=["headline", "shapes", "plots"], help="one part alone")
+    parser.add_argument("--only", choices=["headline", "ragged", "shapes", "plots"], help="one part alone")
+    parser.add_argument("--contenders", nargs="+", default=[""], help="those whose names start so; all by default")
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in OTHERS], help="which other models' shapes")
     parser.add_argument("--llama-cpp", type=Path, help="the folder of ggml's libraries, where not installed")
     chosen = parser.parse_args(arguments)
@@ -220,11 +221,15 @@ def main(arguments: list[str]) -> int:
     before = meter.measure()
     text: list[str] = []
     missed: list[str] = []
-    if chosen.only in (None, "headline"):
-        runs = all_runs(OLMOE, chosen.llama_cpp)
-        rows, missed = headline(runs, before, OLMOE)
-        more_rows, more_missed = ragged(runs, OLMOE, before)
-        text, missed = [*rows, "\n## Ragged, M=256\n", *more_rows], missed + more_missed
+    if chosen.only in (None, "headline", "ragged"):
+        everyone = all_runs(OLMOE, chosen.llama_cpp)
+        runs = {name: run for name, run in everyone.items() if name.startswith(tuple(chosen.contenders))}
+        del everyone
+        if chosen.only != "ragged":
+            text, missed = headline(runs, before, OLMOE)
+        if chosen.only != "headline":
+            rows, more_missed = ragged(runs, OLMOE, before)
+            text, missed = [*text, "\n## Ragged, M=256\n", *rows], missed + more_missed
     if chosen.only == "shapes" or (chosen.all_shapes and chosen.only is None):
         text += ["\n## Other shapes\n", *other_shapes(before, chosen.shapes)]
     moved = drifted(before, meter.measure())

@@ -4,7 +4,7 @@
 in fp32 says what is right: its greedy texts are compared, and each engine is asked which token it would have chosen
 after every prefix of them. Beside ours stand the dense model in bf16 and the dense model with feed-forward weights that
 went through the same codes: what rounding alone changes. ``--transformers`` runs the same prompts through transformers'
-registry of experts, in fp32.
+registry of experts.
 """
 
 import argparse
@@ -57,7 +57,18 @@ TOPICS = (
     "what DNA is", "the rules of chess", "how a loan works", "what a volcano is", "how plants drink",
 )  # fmt: skip
 PROMPTS = tuple(f"Explain in one sentence: {topic}." for topic in TOPICS)
-IMPLEMENTATIONS = ("dense", "eager", "collegium", "collegium_int8", "collegium_int4")
+# Of transformers: the checkpoint, the dtype, and who runs the experts.
+IMPLEMENTATIONS: dict[str, tuple[str, str, str | None]] = {
+    "dense": ("dense", "float32", None),
+    "stock": ("sparse", "float32", "eager"),
+    "collegium": ("sparse", "float32", "collegium"),
+    "dense, bf16": ("dense", "bfloat16", None),
+    "stock, bf16": ("sparse", "bfloat16", "eager"),
+    "collegium_int8": ("sparse", "float32", "collegium_int8"),
+    "dense, int8 codes": ("dense_int8", "float32", None),
+    "collegium_int4": ("sparse", "float32", "collegium_int4"),
+    "dense, int4 codes": ("dense_int4", "float32", None),
+}
 
 
 def prepare(dense_source: Path, work: Path) -> None:
@@ -147,15 +158,19 @@ def run_transformers(work: Path, tokens: int) -> str:
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     prompts = tokenizer(texts, return_tensors="pt", padding=True)
     results: dict[str, dict[str, Any]] = {}
-    for name in IMPLEMENTATIONS:
-        options = {} if name == "dense" else {"experts_implementation": name}
-        folder = work / ("dense" if name == "dense" else "sparse")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    for name, (folder, dtype, experts) in IMPLEMENTATIONS.items():
+        options = {"experts_implementation": experts} if experts else {}
+        model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=getattr(torch, dtype), **options)
         started = time.perf_counter()
         with torch.no_grad():
             ids = model.generate(**prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        speed = len(PROMPTS) * tokens / (time.perf_counter() - started)
-        results[name] = {"rows": ids[:, prompts.input_ids.shape[1] :].tolist(), "tokens_per_s": speed}
+            speed = len(PROMPTS) * tokens / (time.perf_counter() - started)
+            wanted = results["dense"]["ids"] if results else ids
+            mask = torch.nn.functional.pad(prompts.attention_mask, (0, tokens), value=1)
+            logits = model(wanted, attention_mask=mask, logits_to_keep=tokens + 1).logits[:, :-1]
+        chosen = int((logits.argmax(dim=2) == wanted[:, -tokens:]).sum())
+        results[name] = {"rows": ids[:, -tokens:].tolist(), "tokens_per_s": speed, "chosen": chosen, "ids": ids}
+        LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
         del model
     return table(results, tokens)
 
