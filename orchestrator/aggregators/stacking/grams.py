@@ -2,7 +2,7 @@
 
 Each kind has half of the columns, and each option weighs as much as any other, however long it is. numpy alone, for it
 runs in the service. Legend: Q questions, O options, C cells (an option of a question, the questions one after another),
-G grams of all cells in a row, R options that there are.
+G grams of all cells in a row, N columns.
 """
 
 import re
@@ -57,16 +57,16 @@ class Grams:
         places = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
         return type(self)(columns_G=self.columns_G[places], values_G=self.values_G[places], counts_C=counts)
 
-    def weigh(self, weights_H: Array) -> Array:
+    def weigh(self, weights_N: Array) -> Array:
         """The sum of its grams' weights, by cell."""
         cells = np.repeat(np.arange(len(self.counts_C)), self.counts_C)
-        total: Array = np.bincount(cells, weights_H[self.columns_G] * self.values_G, len(self.counts_C))
+        total: Array = np.bincount(cells, weights_N[self.columns_G] * self.values_G, len(self.counts_C))
         return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the options of questions look like: traits.py's numbers, and their wording."""
+    """What the options of questions look like: options.py's numbers, and their wording."""
 
     traits_QOT: Array
     grams: Grams
