@@ -17,6 +17,7 @@ from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.extract import Asked, make_extract, read_request, settle_percents
 from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import Stack
+from orchestrator.aggregators.stacking.grams import Grams, Options
 from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.recorded import letter_place
@@ -111,14 +112,11 @@ class Stacked:
         stack = self._fitted.stack
         columns = [a.column for a in heard.answers]
         task = request.metadata.get("task")
-        traits = np.zeros((1, len(heard.options) + 1, len(TRAITS)), np.float32)
-        if heard.asked.options:
-            traits[0, :-1] = option_traits(heard.options, request.question)
         panel = _Panel(stack, columns)
         ballots = _ballots(
             heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1
         )
-        prepared = panel.stack.prepare(ballots, traits)
+        prepared = panel.stack.prepare(ballots, _options(heard, request.question))
         counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
         return panel.stack.logit.posterior(prepared)[0], counts
 
@@ -181,6 +179,14 @@ class _Panel:
             logit=replace(logit, worth_E=logit.worth_E[columns], in_task_CE=logit.in_task_CE[:, columns]),
             word_mean_EW=stack.word_mean_EW[columns],
         )
+
+
+def _options(heard: _Heard, question: str) -> Options:
+    listed, width = heard.options if heard.asked.options else (), len(heard.options) + 1
+    traits = np.zeros((1, width, len(TRAITS)), np.float32)
+    if listed:
+        traits[0, :-1] = option_traits(listed, question)
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width))
 
 
 def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
