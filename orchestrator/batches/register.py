@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-
 from filelock import FileLock, Timeout
 
 from experts.errors import BadRequest, ConfigError, NotFound, RateLimited, Unavailable

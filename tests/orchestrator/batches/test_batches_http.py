@@ -2,13 +2,14 @@
 
 import io
 import json
+import sqlite3
 
 import httpx
 import openai
 import pytest
 import yaml
 
-from experts.errors import BadRequest, ConfigError, NotFound
+from experts.errors import BadRequest, ConfigError, NotFound, Unavailable
 from orchestrator.batches.manager import Manager
 from orchestrator.batches.register import Register
 from orchestrator.batches.store import Store
@@ -421,3 +422,29 @@ def test_metadata_is_limited(client, metadata):
 def test_a_file_object_streams(client):
     file = client.files.create(file=io.BytesIO(lines(2)), purpose="batch")
     assert client.files.retrieve(file.id).bytes == len(lines(2))
+
+
+def test_a_full_disk_at_its_beginning_and_at_its_end(tmp_path, monkeypatch):
+    left = [1, 1]
+    connect, change = sqlite3.connect, Register.change
+
+    def full_at_first(path, **settings):
+        db = connect(path, **settings)
+        if path.name == "state.sqlite" and left[0]:
+            left[0] = 0
+            db.execute("PRAGMA max_page_count = 1")
+        return db
+
+    def full_at_last(self, *given):
+        if left[1]:
+            left[1] = 0
+            raise Unavailable("database or disk is full")
+        change(self, *given)
+
+    monkeypatch.setattr(Manager, "PAUSE_S", 0.05)
+    monkeypatch.setattr(sqlite3, "connect", full_at_first)
+    monkeypatch.setattr(Register, "change", full_at_last)
+    with serving(settings(tmp_path)) as served, served.client() as client:
+        done = ended(client, begin(client))
+        assert (done.status, done.request_counts.completed) == ("completed", 5)
+        assert left == [0, 0]
