@@ -81,7 +81,7 @@ def prepare(dense_source: Path, work: Path) -> None:
     missing = [name for name in ("dense", "sparse", *CODES) if not (work / name / "config.json").exists()]
     tokenizer = AutoTokenizer.from_pretrained(dense_source)
     for name in missing:
-        model = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
         if name == "sparse":
             model = upcycle(model)
         elif name in CODES:
@@ -106,9 +106,10 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
 
     register()
     overrides = {"quantization_config_dict_json": json.dumps(engine.options)} if engine.quantization else {}
+    chosen: Any = {"quantization": engine.quantization, "dtype": engine.dtype}  # vLLM's types list its own names only
     llm = LLM(
-        str(work / engine.folder), quantization=engine.quantization, hf_overrides=overrides, enforce_eager=True,
-        max_model_len=256, max_num_seqs=20, dtype=engine.dtype, disable_log_stats=True, enable_prefix_caching=False,
+        str(work / engine.folder), hf_overrides=overrides, enforce_eager=True, max_model_len=256, max_num_seqs=20,
+        disable_log_stats=True, enable_prefix_caching=False, **chosen,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     messages: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -119,8 +120,8 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
         speeds.append(len(PROMPTS) * tokens / (time.perf_counter() - started))
     rows = [list(output.outputs[0].token_ids) for output in outputs]
     prompts = [list(output.prompt_token_ids or ()) for output in outputs]
-    chosen = _would_choose(llm, prompts, wanted or rows)
-    return {"rows": rows, "tokens_per_s": max(speeds[1:]), "chosen": chosen}
+    agreed = _would_choose(llm, prompts, wanted or rows)
+    return {"rows": rows, "tokens_per_s": max(speeds[1:]), "chosen": agreed}
 
 
 def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -> int:
