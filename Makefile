@@ -20,7 +20,7 @@ help:
 	@echo "make check   formatting, lint, types and imports only"
 	@echo "make bench   the gateway's speed and memory"
 	@echo "make bench-routing COLLEGIUM_POOLS=DIR   routers against the best single expert, on recorded pools"
-	@echo "make bench-aggregate COLLEGIUM_POOLS=DIR   combined answers against the best single expert, on recorded pools"
+	@echo "make bench-aggregate COLLEGIUM_POOLS=DIR   combined answers against the best single expert, rewards, and their speed"
 	@echo "make bench-kernels   expert kernels, beside what else runs on this CPU"
 	@echo "make bench-batch   grouping work by engine, on simulated engines, and what the scheduler costs"
 	@echo "make bench-batch-real   a file of questions over three vLLM engines, grouped and line by line"
@@ -64,7 +64,9 @@ bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.routing.scale --out routing-report/scale
 
 bench-aggregate: $(STAMP)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.bench
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.bench
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.rewards --out aggregate-report/rewards.json
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.speed
 
 bench-kernels: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m evals.kernels.bench --all-shapes

@@ -147,7 +147,7 @@ def _join(chunks: list[Chunk], request_id: str, usage: Usage, ttft_s: float, lat
         return Completion(
             request_id=request_id,
             expert_id=expert_id,
-            text="".join([c.text for c in chunks]),
+            text=well_formed("".join([c.text for c in chunks])),
             index=chunks[0].index,
             tool_calls=_join_tool_calls(chunks),
             logprobs=_join_logprobs(chunks),
@@ -158,6 +158,17 @@ def _join(chunks: list[Chunk], request_id: str, usage: Usage, ttft_s: float, lat
         )
     except (AttributeError, TypeError) as exc:
         raise ExpertFailed(f"Expert '{expert_id}' sent a malformed answer: {exc}.") from exc
+
+
+def well_formed(text: str) -> str:
+    """``text`` with a replacement character for each half of a surrogate pair that stands alone, as engines that cut
+    between UTF-16 units leave them: no JSON and no tokenizer takes those. Two halves side by side become one character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 @dataclass(slots=True)

@@ -71,8 +71,8 @@ class HttpReward:
         if len(answers) > self._options.max_answers:
             raise BadRequest(f"Reward '{self.name}' scores at most {self._options.max_answers} answers at once.")
         cut = self._options.max_chars
-        texts = [(answer.text or "")[:cut] for answer in answers]
-        reply = await self._post(self._body(request.question[-cut:], texts))
+        texts = [_sendable((answer.text or "")[:cut]) for answer in answers]
+        reply = await self._post(self._body(_sendable(request.question[-cut:]), texts))
         try:
             values = self._values(reply, len(texts))
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as exc:
@@ -91,8 +91,9 @@ class HttpReward:
             case "score":
                 return {"model": self._model, "text_1": prompt, "text_2": list(texts)}
             case "classify":
-                parts = self._options.template
-                filled = [parts.replace("{prompt}", prompt).replace("{answer}", text) for text in texts]
+                parts = self._options.template.split("{prompt}")
+                # In this order, so that a prompt that says {answer} is not filled in itself.
+                filled = [prompt.join(part.replace("{answer}", text) for part in parts) for text in texts]
                 return {"model": self._model, "input": filled}
             case "plain":
                 return {"model": self._model, "prompt": prompt, "answers": list(texts)}
@@ -142,6 +143,11 @@ class HttpReward:
 
     def _failed(self, what: str, *, retryable: bool = True, status: int | None = None) -> CollegiumError:
         return ExpertFailed(f"Reward '{self.name}': {what}.", retryable=retryable, upstream_status=status)
+
+
+def _sendable(text: str) -> str:
+    """Without lone surrogates, which are no UTF-8 and so no JSON."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _number(value: object) -> float:

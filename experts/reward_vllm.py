@@ -164,7 +164,8 @@ _NEVER = -100.0
 def _texts(answers: Sequence[Completion], name: str) -> list[str]:
     if len(answers) > _MAX_ANSWERS:
         raise BadRequest(f"Reward '{name}' scores at most {_MAX_ANSWERS} answers at once.")
-    return [(answer.text or "")[:_MAX_CHARS] for answer in answers]
+    # Lone surrogates are nothing that a tokenizer reads.
+    return [(answer.text or "")[:_MAX_CHARS].encode("utf-8", "replace").decode() for answer in answers]
 
 
 def _scores(values: Sequence[float], name: str) -> list[Score]:

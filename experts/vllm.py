@@ -37,6 +37,28 @@ class VllmEngine:
         if not _failed(server):
             await server.result().aclose()
 
+    async def sleep(self, level: int) -> bool:
+        """Give the GPU's memory back without ending (vLLM's sleep mode). Level 1 keeps the weights in the machine's
+        memory, level 2 reads them again from the disk. False: it cannot, and has to be unloaded.
+
+        No calls may be under way.
+        """
+        server = self._server
+        if server is None or not server.done() or _failed(server) or server.result().dead:
+            return False
+        return await server.result().sleep(level)
+
+    async def wake(self) -> None:
+        """Ready again. Raises ExpertFailed; the engine has ended then, and load() starts it anew."""
+        server = await self._running()
+        try:
+            await server.wake()
+        except BaseException as exc:
+            await self.unload()  # it must not be taken for ready
+            if isinstance(exc, Exception):
+                raise ExpertFailed(f"Engine '{self.spec.engine_id}' did not wake up: {exc}") from exc
+            raise
+
     async def generate(self, request: Request, expert: ExpertSpec) -> ChunkStream:
         if self._server is None or (_failed(self._server) and not self._ran):
             raise ExpertFailed(

@@ -46,6 +46,7 @@ _CPU_DEFAULTS: Mapping[str, Any] = {
     "max_model_len": -1,
     "max_num_seqs": 32,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    "worker_cls": "experts.vllm_worker.Worker",
 }
 """Only whole blocks of a prompt are remembered: by vLLM's own 128 an expert's prompt seldom fills one, by 32 the first
 token came after 19 ms instead of 38. Compiling takes minutes, and made SmolLM2 talk nonsense (gcc 12, vLLM 0.29). -1 is
@@ -75,7 +76,8 @@ def environment(model: str) -> dict[str, str]:
 def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, cores: int) -> Options:
     """``spec.options`` and the defaults, sorted by who takes them. ``known`` are vLLM's engine arguments.
 
-    Raises ConfigError for an option that nobody knows, naming the nearest, and for an adapter that is not one.
+    Raises ConfigError for an option that nobody knows, naming the nearest, for an adapter that is not one, and for
+    sleep on a CPU.
     """
     allowed = sorted({*known, *_OURS} - {*_NOT_OPTIONS})
     for name in spec.options:
@@ -83,6 +85,11 @@ def read_options(spec: EngineSpec, model: str, known: list[str], *, cpu: bool, c
             close = difflib.get_close_matches(name, allowed, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "see vLLM's engine arguments."
             raise ConfigError(f"Engine '{spec.engine_id}': unknown option '{name}'; {hint}")
+    if cpu and spec.options.get("enable_sleep_mode"):
+        raise ConfigError(
+            f"Engine '{spec.engine_id}': vLLM sleeps on GPUs only. Leave residency.sleep (and enable_sleep_mode) out: "
+            "on a CPU an engine that goes ends, and all its memory is free."
+        )
     adapters = {name: str(Path(folder).expanduser()) for name, folder in (spec.options.get("adapters") or {}).items()}
     defaults = {"model": model, **_DEFAULTS, **_lora(spec.engine_id, adapters, cpu=cpu)}
     defaults |= {**(_CPU_DEFAULTS if cpu else {}), **_executor(spec, cpu=cpu, cores=cores)}

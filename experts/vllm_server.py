@@ -41,6 +41,7 @@ class Server:
         self.llm = llm
         self._engine_id = engine_id
         self._adapters = adapters
+        self._level = 0
         self._chat: OpenAIServingChat
         self._completion: OpenAIServingCompletion
 
@@ -65,6 +66,26 @@ class Server:
     async def aclose(self) -> None:
         """End vLLM's processes. What is being generated fails."""
         await end(self.llm)
+
+    async def sleep(self, level: int) -> bool:
+        """False where vLLM was not started for it, and at level 2 with adapters: their weights would be gone, and
+        vLLM reads only the model's again."""
+        if not self.llm.model_config.enable_sleep_mode or (level > 1 and self._adapters):
+            return False
+        await self.llm.sleep(level)
+        self._level = level
+        return True
+
+    async def wake(self) -> None:
+        """Nothing to do for one that does not sleep."""
+        level, self._level = self._level, 0
+        if level == 1:
+            await self.llm.wake_up()
+        elif level == 2:
+            # The weights' memory first, so that there is room to read them; only then the KV cache's.
+            await self.llm.wake_up(["weights"])
+            await self.llm.collective_rpc("reload_weights")
+            await self.llm.wake_up(["kv_cache"])
 
     async def events(self, request: Request, expert: ExpertSpec) -> AsyncGenerator[Mapping[str, Any], None]:
         """The events of the streamed reply, as OpenAI's API has them. Closing it ends the generation in vLLM.

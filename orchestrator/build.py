@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from experts.errors import ConfigError
 from experts.types import EngineSpec, ExpertSpec
 from orchestrator.admission import Admission
 from orchestrator.aggregators import AGGREGATORS
-from orchestrator.aggregators.base import Aggregator, AggregatorParts, consulted
+from orchestrator.aggregators.base import Aggregator, AggregatorParts, Closing, consulted
 from orchestrator.config import AggregatorConfig, Config, RouterConfig, nearest
 from orchestrator.dispatch import Dispatcher, Resident
 from orchestrator.loading import Loading
@@ -28,6 +29,8 @@ from routers import ROUTERS
 from routers.base import Router, RouterParts
 from routers.encoders import Encoder, MiniLM
 from routers.static import WordLlama
+
+log = logging.getLogger(__name__)
 
 FREE_ROUTERS = ("always", "random", "hash", "round_robin")
 FREE_AGGREGATORS = ("first", "vote", "weighted_vote")
@@ -50,6 +53,16 @@ class Service:
     dispatcher: Dispatcher
     orchestrator: Orchestrator
 
+    async def aclose(self) -> None:
+        """Give back what its experts and aggregators hold alone; its engines may answer for another Service too. One
+        that fails is logged: the others are still to be given back."""
+        closing = [(a.name, a.aclose) for a in self.policies.aggregators if isinstance(a, Closing)]
+        for name, close in [*((x.spec.expert_id, x.aclose) for x in self.experts.values()), *closing]:
+            try:
+                await close()
+            except Exception:
+                log.exception("%s did not end cleanly", name)
+
 
 def make_engine(spec: EngineSpec) -> Engine:
     engine: Engine = _load(BACKENDS, spec.backend, "backend")(spec)
@@ -68,7 +81,7 @@ def build_service(
     Raises ConfigError. Loads nothing: engines load in Host.start(), the encoder at its first use.
     """
     ledger, admission, given = Ledger(observers), _admission(config), engines or {}
-    engines = {e: given[e] if e in given else make(c.spec(e)) for e, c in config.engines.items()}
+    engines = {e: given[e] if e in given else make(_spec(e, config)) for e in config.engines}
     breakers = {e: _breaker(config) for e in engines}
     dispatcher = Dispatcher(_residency(config, engines))
     specs = [c.spec(e) for e, c in config.experts.items()]
@@ -159,6 +172,9 @@ def _policy(name: str, config: Config, experts: Mapping[str, Expert], encoder: C
         top_k=wanted.top_k,
         max_calls=max_calls,
         max_usd=wanted.max_usd,
+        one_by_one=wanted.one_by_one,
+        quorum=wanted.quorum,
+        late_s=wanted.late_s,
     )
 
 
@@ -171,6 +187,14 @@ def _wrap(
     if dispatcher.residency.manages(engine):
         expert = Resident(expert, dispatcher)
     return Retrying(Breaker(expert, breaker), retries=limits.retries, backoff_s=limits.backoff_s)
+
+
+def _spec(engine_id: str, config: Config) -> EngineSpec:
+    """vLLM has to know from the start that it is to sleep."""
+    spec = config.engines[engine_id].spec(engine_id)
+    if spec.backend == "vllm" and config.residency.limited and config.residency.sleep:
+        return replace(spec, options={"enable_sleep_mode": True, **spec.options})
+    return spec
 
 
 def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
@@ -186,6 +210,7 @@ def _residency(config: Config, engines: Mapping[str, Engine]) -> Residency:
         retries=wanted.load_retries,
         backoff_s=wanted.load_backoff_s,
         failed_s=wanted.failed_s,
+        sleep_level=wanted.sleep,
     )
     return Residency(engines, rules=rules, loading=loading, queue=wanted.queue)
 

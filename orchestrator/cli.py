@@ -20,6 +20,8 @@ COMMANDS = {
     "build": "orchestrator.commands.build:app",
     "eval": "evals.commands:app",
 }
+EXTRAS = {"matplotlib": "train", "scipy": "train", "sklearn": "train", "torch": "train", "wordllama": "train"}
+"""Which extra brings a package that a command may find missing."""
 
 
 class Commands(TyperGroup):
@@ -44,6 +46,14 @@ class Commands(TyperGroup):
                 raise
             typer.secho(f"collegium: {exc.message}", err=True, fg="red")
             raise typer.Exit(1) from exc
+        except ModuleNotFoundError as exc:
+            extra = EXTRAS.get((exc.name or "").partition(".")[0])
+            if extra is None or ctx.params["debug"]:
+                raise
+            typer.secho(
+                f"collegium: this needs the package {exc.name}: pip install 'collegium[{extra}]'", err=True, fg="red"
+            )
+            raise typer.Exit(1) from exc
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -58,7 +68,7 @@ def collegium(
 ) -> None:
     """One OpenAI-compatible service that answers every request with the right few models.
 
-    Start with: collegium ask "What is the capital of France?"
+    Example: collegium ask "What is the capital of France?"
     """
 
 

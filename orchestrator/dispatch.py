@@ -54,8 +54,10 @@ class Dispatcher:
             self.residency.release(ticket)
 
     def announce(self, engine_id: str, waiting: int) -> None:
-        """How many more calls a batch holds for this engine outside the queue; it replaces what was said before."""
-        self.residency.announce(self._queues[engine_id], waiting)
+        """How many more calls a batch holds for this engine outside the queue; it replaces what was said before. One
+        that a reload took away is none of ours any more."""
+        if (queue := self._queues.get(engine_id)) is not None:
+            self.residency.announce(queue, waiting)
 
     def snapshot(self) -> dict[str, EngineStatus]:
         return {

@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from experts.base import Engine, Expert
+from experts.base import Engine
 from experts.errors import CollegiumError, ConfigError, Unavailable
 from orchestrator.build import Service
 from orchestrator.config import Config
@@ -57,8 +56,8 @@ class Host:
             old = self.service
             kept = {e: x for e, x in old.engines.items() if config.engines.get(e) == old.config.engines[e]}
             new = self._build(config, kept)
-            if old.config.residency.limited != config.residency.limited:
-                raise ConfigError("The old config stays: residency is switched on and off by a restart only.")
+            if _way(old.config) != _way(config):
+                raise ConfigError("The old config stays: residency and its sleep are switched by a restart only.")
             await self._add({e: x for e, x in _stay(new).items() if e not in kept})
             new.dispatcher.join(old.dispatcher.residency, new.engines)
             self.service = new
@@ -79,7 +78,8 @@ class Host:
                 task.cancel()
             await asyncio.gather(*retiring, return_exceptions=True)
             left = [engine for engines in retiring.values() for engine in engines]
-            await _give_back(self.service.experts.values(), [*left, *self.service.engines.values()], residency)
+            await self.service.aclose()
+            await _give_back([*left, *self.service.engines.values()], residency)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -90,10 +90,10 @@ class Host:
         try:
             failed = await self._load(engines)
         except BaseException:
-            await _give_back([], engines.values(), self.service.dispatcher.residency)
+            await _give_back(engines.values(), self.service.dispatcher.residency)
             raise
         if failed:
-            await _give_back([], engines.values(), self.service.dispatcher.residency)
+            await _give_back(engines.values(), self.service.dispatcher.residency)
             reasons = "; ".join(f"engine '{e}' did not load: {reason}" for e, reason in failed.items())
             raise ConfigError(f"The old config stays: {reasons}")
 
@@ -136,7 +136,13 @@ async def _end(service: Service, engines: Sequence[Engine], *, after: Sequence[a
     if after:
         await asyncio.wait(after)
     await service.ledger.drained()
-    await _give_back(service.experts.values(), engines, service.dispatcher.residency)
+    await service.aclose()
+    await _give_back(engines, service.dispatcher.residency)
+
+
+def _way(config: Config) -> tuple[bool, int | None]:
+    """What engines have to know from their start."""
+    return config.residency.limited, config.residency.sleep
 
 
 def _stay(service: Service) -> dict[str, Engine]:
@@ -145,14 +151,10 @@ def _stay(service: Service) -> dict[str, Engine]:
     return {e: x for e, x in service.engines.items() if not residency.manages(x)}
 
 
-async def _give_back(experts: Iterable[Expert], engines: Iterable[Engine], residency: Residency) -> None:
-    closers: list[tuple[str, Callable[[], Awaitable[None]]]] = [
-        *((x.spec.expert_id, x.aclose) for x in experts),
-        *((x.spec.engine_id, partial(residency.drop, x)) for x in engines),
-    ]
-    for name, close in closers:
+async def _give_back(engines: Iterable[Engine], residency: Residency) -> None:
+    for engine in engines:
         try:
-            await close()
+            await residency.drop(engine)
         except Exception:
             # The others are still to be given back.
-            log.exception("%s did not end cleanly", name)
+            log.exception("%s did not end cleanly", engine.spec.engine_id)

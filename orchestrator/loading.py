@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from experts.base import Engine
@@ -72,8 +73,7 @@ class Loader:
         """However long it takes: until then the memory is not free. What the engine raises is logged."""
         self._begun += 1
         try:
-            level = self.loading.sleep_level
-            if level is not None and isinstance(engine, Sleeper) and await engine.sleep(level):
+            if await self._falls_asleep(engine):
                 self._asleep.add(engine)
             else:
                 await self.end(engine)
@@ -85,6 +85,17 @@ class Loader:
         """unload(), and no sleep."""
         self._asleep.discard(engine)
         await engine.unload()
+
+    async def _falls_asleep(self, engine: Engine) -> bool:
+        level = self.loading.sleep_level
+        if level is None or engine in self._asleep or not isinstance(engine, Sleeper):
+            return False
+        try:
+            async with asyncio.timeout(self.loading.timeout_s):
+                return await engine.sleep(level)
+        except Exception:
+            log.exception("engine %s did not fall asleep, and ends", engine.spec.engine_id)
+            return False
 
     async def _try(self, engine: Engine) -> Loaded:
         started, before = time.monotonic(), self._used_bytes()
@@ -127,9 +138,14 @@ class Loader:
             await engine.load()
 
 
+GPUS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+
+
 def used_bytes() -> int | None:
     """Memory of this process and all below it; shared pages count once for each that maps them. None without psutil,
-    which vLLM brings: no other engine lies in memory."""
+    which vLLM brings: no other engine lies in memory. None beside a GPU, where engines lie in memory of its own."""
+    if any(path.exists() for path in GPUS):
+        return None
     try:
         import psutil
     except ImportError:

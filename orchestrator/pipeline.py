@@ -95,14 +95,10 @@ class Orchestrator:
             raise ConfigError(f"Router '{decision.router}' chose among {sorted(decision.scores)}; fit it again.")
         top_k = 1 if policy.aggregator.takes_one else policy.top_k
         top_k = min(top_k, self._calls_within(decision, request, policy))
-        chosen = decision.top(top_k)
-        experts = self._combinable(chosen, request, policy)
-        while len(chosen.expert_ids) > experts:  # draws that repeat an expert make fewer experts than draws
-            top_k -= 1
-            chosen = decision.top(top_k)
-        if request.params.n > 1 and len(chosen.expert_ids) > 1:
+        top_k = self._combinable(decision, top_k, request, policy)
+        if request.params.n > 1 and min(top_k, len(decision.scores)) > 1:
             raise BadRequest("n > 1 needs a policy that asks one expert; set collegium.top_k to 1.", param="n")
-        return chosen
+        return decision.top(top_k)
 
     def _calls_within(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
         if policy.max_usd is None:
@@ -110,15 +106,15 @@ class Orchestrator:
         ranked = (self._experts[e].spec for e in decision.ranked())
         return calls_within(ranked, request, max_calls=policy.max_calls, max_usd=policy.max_usd)
 
-    def _combinable(self, decision: RouteDecision, request: Request, policy: Policy) -> int:
-        """How many of the chosen may be asked, so that what the aggregator asks itself is within the budgets too."""
-        for count in range(len(decision.expert_ids), 1, -1):
-            asked = decision.expert_ids[:count]
+    def _combinable(self, decision: RouteDecision, top_k: int, request: Request, policy: Policy) -> int:
+        """``top_k``, or less, so that what the aggregator asks itself is within the budgets too."""
+        for k in range(top_k, 1, -1):
+            asked = decision.top(k).expert_ids
             consults = consulted(policy.aggregator, asked)
             first, then = ([self._experts[e].spec for e in ids] for ids in (asked, consults))
             usd = 0.0 if policy.max_usd is None else combined_usd(first, then, request)
-            if count + len(consults) <= policy.max_calls and usd <= (policy.max_usd or 0.0):
-                return count
+            if len(asked) + len(consults) <= policy.max_calls and usd <= (policy.max_usd or 0.0):
+                return k
         return 1
 
 

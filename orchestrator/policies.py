@@ -41,10 +41,16 @@ class PolicyBook:
         self._by_model = {f"{SERVICE_MODEL}/{name}": p for name, p in policies.items()}
         self._by_model[SERVICE_MODEL] = policies["default"]
         self._by_model |= {e: Policy(name=e, router=Direct(e), aggregator=First(), max_calls=1) for e in expert_ids}
+        self._own_aggregators = [p.aggregator for p in policies.values()]
         self._experts = frozenset(expert_ids)
         self._routers = routers
         self._aggregators = aggregators
         self._max_calls = max_calls
+
+    @property
+    def aggregators(self) -> list[Aggregator]:
+        """Each policy's own."""
+        return self._own_aggregators
 
     @property
     def models(self) -> list[str]:

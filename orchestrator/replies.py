@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from experts.base import well_formed
 from experts.errors import CollegiumError
 from experts.types import Chunk, Completion, Usage
 from orchestrator.run import Run
@@ -14,8 +15,27 @@ JsonObject = dict[str, Any]
 
 
 def to_json(body: Any) -> bytes:
-    """NaN becomes null, and what JSON does not know (an aggregator's trace may hold anything) its text."""
-    return orjson.dumps(body, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    """NaN becomes null, what JSON does not know (an aggregator's trace may hold anything) its text, and half a
+    surrogate pair a replacement character."""
+    try:
+        return orjson.dumps(body, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_mended(body), default=_text, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _mended(value: Any) -> Any:
+    match value:
+        case str():
+            return well_formed(value)
+        case dict():
+            return {_mended(key): _mended(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_mended(item) for item in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    return well_formed(str(value))
 
 
 def error_body(exc: CollegiumError) -> JsonObject:

@@ -120,10 +120,11 @@ class Scheduler:
         elif self.waiting >= self.queue_limit:
             raise QueueFull(f"{self.waiting} calls wait for engines to be loaded; try again in a moment.")
         else:
-            self._stirred |= ticket.due_s < (view.due_s if priority == "online" else view.batch_due_s)
+            first = ticket.due_s < (view.due_s if priority == "online" else view.batch_due_s)
             queue.push(ticket)
             self.waiting += 1
-            self._stirred |= _is_step(view.online + view.batch)
+            if view.state in ("absent", "failed"):  # the others are on their way
+                self._stirred |= first or _is_step(view.online + view.batch)
         return ticket
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -148,7 +149,8 @@ class Scheduler:
         else:
             view.running_batch -= 1
             view.batch_s = now
-        self._stirred |= _is_step(view.running_online + view.running_batch)
+        if view.state == "ready":  # whoever drains is no choice any more; step() sees when it is empty
+            self._stirred |= _is_step(view.running_online + view.running_batch)
 
     def announce(self, queue: EngineQueue, waiting: int, now: float) -> None:
         self._stirred |= waiting == 0

@@ -45,7 +45,7 @@ class Rules:
         return self.slots is not None or self.memory_gib is not None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class EngineView:
     """All that the policy knows of an engine. Not frozen: it is kept up to date call by call, so that a decision costs
     no more with ten thousand calls waiting than with ten.
@@ -169,14 +169,18 @@ class _Line:
         for i, engine in enumerate(self._online):
             latest_s = engine.due_s - drain_s
             if latest_s - longest_s > now:  # and so is everybody's after it
-                self.wake_s = min(self.wake_s, latest_s - longest_s)
+                self._wake(latest_s - longest_s)
                 return
             start_s = latest_s - (i + moving) // places * swap_s
             if start_s <= now or engine.called:
                 self._late = i + 1
             else:
-                self.wake_s = min(self.wake_s, start_s)
+                self._wake(start_s)
             self.tight = self.tight or latest_s - (i + moving + 1) // places * swap_s <= now
+
+    def _wake(self, at_s: float) -> None:
+        if at_s < self.wake_s:
+            self.wake_s = at_s
 
     def in_order(self) -> Iterator[tuple[EngineView, Urgency]]:
         """The due by when, the aged by when, the others by work a second of loading, batches last. Where time is tight,

@@ -17,7 +17,7 @@ from hashlib import blake2b
 import orjson
 
 from experts.base import collect
-from experts.errors import BadRequest, CollegiumError, ConfigError
+from experts.errors import CollegiumError, ConfigError
 from experts.types import ExpertSpec, Message, Request, SamplingParams
 from routers.base import RouteDecision, Router, RouterParts, decide
 from routers.choices import LABELS, choice_format, choice_probabilities, read_choice
@@ -88,9 +88,8 @@ class Llm:
                 scores = await self._ask(request, prompt, [s.expert_id for s in pool])
         except TimeoutError:
             return await self._fall_back(request, pool, f"no choice within {self._budget_s:g} s")
-        except BadRequest:
-            raise
         except CollegiumError as exc:
+            # A prompt too long for the expert, too: this one is ours, not the caller's.
             return await self._fall_back(request, pool, exc.message)
         if scores is None:
             return await self._fall_back(request, pool, "no choice in two answers")

@@ -3,7 +3,6 @@
 Cases are the subsets of subsets.json beside the folder of pools, and pools that have texts and no subsets.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +16,6 @@ from orchestrator.aggregators.stacking.build import Wish, fit_priors
 from orchestrator.aggregators.stacking.recorded import Recorded, read_recorded, rows_of
 
 POOLS = ("mmlu-pro", "gsm8k-gpt3")
-OTHERS = ("evals.aggregate.rewards", "evals.aggregate.speed")
-"""Further measurements of this bench, each with its own command; named where they are installed."""
 
 
 def bench(
@@ -77,9 +74,6 @@ def _write(reports: dict[str, Any], out: Path) -> None:
     (out / "report.md").write_text(text)
     draw(reports, out)
     typer.echo(text)
-    for module in OTHERS:
-        if importlib.util.find_spec(module):
-            typer.echo(f"also: python -m {module} --help")
 
 
 def render(reports: dict[str, Any]) -> str:

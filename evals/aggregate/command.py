@@ -29,6 +29,7 @@ def aggregators(
     import random
 
     from evals.aggregate.pick import make_tasks
+    from experts.errors import ExpertFailed
     from orchestrator.aggregators.pick import AggregatorRanking
     from orchestrator.commands.screen import make_console
     from routers.records import read_records
@@ -40,6 +41,8 @@ def aggregators(
     tasks = make_tasks(pool, ids=[records.question_ids[r] for r in drawn], seed=seed)
     names = [e.strip() for e in experts.split(",") if e.strip()] if experts else []
     standings = asyncio.run(_rank(config, names, tasks, max_tokens, response_chars))
+    if all(s.failed == s.asked for s in standings):
+        raise ExpertFailed("Every call failed, so that nobody can be ranked; collegium doctor looks for the reason.")
     AggregatorRanking(
         pool=records.name, pool_digest=records.digest, split=split, seed=seed, standings=tuple(standings)
     ).save(out)

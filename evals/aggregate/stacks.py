@@ -70,7 +70,7 @@ def _estimate(name: str, estimate: Estimate) -> dict[str, Any]:
 def _measure_stack(
     stack: Stack, recorded: Recorded, test: Array, result: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    ballots = stack.prepare(recorded.ballots.take(test), recorded.traits_QOT[test])
+    ballots = stack.prepare(recorded.ballots.take(test), recorded.options.take(test))
     gold = recorded.gold_Q[test]
     sure, right = walk(stack.logit, ballots, gold, stack.order)
     rows = np.arange(len(test))

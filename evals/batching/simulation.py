@@ -147,7 +147,7 @@ class Simulation:
             self._turn(engine, "absent")
             self.scheduler.unloaded(engine.queue, unload_s=engine.speeds.unload_s)
             self.step()
-        else:
+        elif self.now == self._wake_s:  # else a nearer one was wanted since, and has rung
             self._wake_s = math.inf
             self.step()
 

@@ -147,6 +147,7 @@ class _Job:
                 evaluator = Evaluator(service, clock, self._plan(service), tell)
                 outcome = await evaluator.run()
         finally:
+            await service.aclose()
             for engine in service.engines.values():
                 await engine.unload()
             answers.close()

@@ -1,5 +1,7 @@
 """report.json, report.md and accuracy.png of an evaluation, and a line a question in answers.jsonl."""
 
+import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from evals.generation.measures import Row
 from evals.generation.questions import Question
 from evals.generation.run import Outcome
 from evals.routing.statistics import Estimate
+
+log = logging.getLogger(__name__)
 
 HELPS, NOT = "helps", "does not help"
 
@@ -78,7 +82,10 @@ def write(
     with (out / "answers.jsonl").open("wb") as file:
         for number, question in enumerate(questions):
             file.write(orjson.dumps(_answers(number, question, outcome)) + b"\n")
-    _draw(rows, found, out / "accuracy.png")
+    if importlib.util.find_spec("matplotlib"):
+        _draw(rows, found, out / "accuracy.png")
+    else:
+        log.warning("no accuracy.png: it needs matplotlib; pip install 'collegium[train]'")
 
 
 def _answers(number: int, question: Question, outcome: Outcome) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Runs a model's Python away from everything: a process of its own with limits, no network, no rights, no files.
+"""Runs a model's Python away from everything: limits, no network, no rights, nobody to signal, and nothing to write to
+but a small folder in memory.
 
 Not a wall against an attacker who knows the kernel: for answers of models one would run anyway.
 """
@@ -9,6 +10,8 @@ import signal
 import sys
 import tempfile
 
+from experts.errors import ConfigError
+
 CPU_S, WALL_S, MEMORY_BYTES, FILE_BYTES = 5, 10.0, 512 * 2**20, 2**20
 
 # Imported before rights are given up: the interpreter may live where nobody else can read.
@@ -17,19 +20,48 @@ _MODULES = (
     "operator random re socket statistics string sys textwrap time typing unicodedata"
 )
 
-# Runs before the program, in its process. Each limit is set where the system allows it; no new rights can be had after.
+_NO_WALL = 77
+"""The exit status of a jail that could not be closed; the program has not run then."""
+
+# Runs before the program, in its process. It may read what others may, write to its own small folder, and send signals
+# to nobody but itself: a first child is the init of a PID namespace, and the program the second. mount_setattr (442)
+# makes everything else read-only in one step. No new rights can be had after.
 _JAIL = f"""
-import ctypes, os, resource, sys
+import ctypes, os, resource, struct, sys
 program = sys.stdin.read()
 import {", ".join(_MODULES.split())}
 libc = ctypes.CDLL(None, use_errno=True)
-libc.unshare(0x10000000 | 0x40000000) if os.getuid() else libc.unshare(0x40000000)  # user and network namespaces
+uid, gid, folder = os.getuid(), os.getgid(), os.getcwd()
+def must(done):
+    if done:
+        os._exit({_NO_WALL})
+def write(path, text):
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError:
+        must(1)
+def follow():  # ends as the child does
+    child = os.fork()
+    if child:
+        _, how = os.waitpid(child, 0)
+        os._exit(1 if how else 0)
+libc.prctl(1, 9)  # PR_SET_PDEATHSIG: nothing outlives the caller
+must(libc.unshare(0x68020000 | (0x10000000 if uid else 0)))  # mounts, IPC, PIDs, network; users
+if uid:
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{{uid}} {{uid}} 1"), ("gid_map", f"{{gid}} {{gid}} 1")):
+        write(f"/proc/self/{{name}}", text)
+must(libc.syscall(442, -100, b"/", 0x8000, struct.pack("QQQQ", 1, 0, 1 << 18, 0), 32))
+must(libc.mount(b"none", folder.encode(), b"tmpfs", 6, b"size=4m,nr_inodes=64,mode=777"))
+os.chdir(folder)
+follow()
+follow()
 for limit, value in (
     (resource.RLIMIT_CPU, {CPU_S}), (resource.RLIMIT_AS, {MEMORY_BYTES}), (resource.RLIMIT_FSIZE, {FILE_BYTES}),
     (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_CORE, 0),
 ):
     resource.setrlimit(limit, (value, value))
-if os.getuid() == 0:
+if uid == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # neither processes nor threads
 libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -41,7 +73,8 @@ os._exit(0)
 async def passes(program: str) -> bool:
     """Whether ``program`` runs to its end without an error, within CPU_S, WALL_S and MEMORY_BYTES.
 
-    A program that calls exit() on its way does not pass: its end is marked by a word it is not told.
+    A program that calls exit() on its way does not pass: its end is marked by a word it is not told. Raises ConfigError
+    where the system gives no namespaces: nothing runs without its walls.
     """
     token = os.urandom(16).hex()
     with tempfile.TemporaryDirectory(prefix="collegium-run-") as folder:
@@ -63,6 +96,11 @@ async def passes(program: str) -> bool:
         finally:
             _kill(process.pid)
             await process.wait()
+    if process.returncode == _NO_WALL and not told:
+        raise ConfigError(
+            "This system gives no namespaces, and a model's code is not run without them: run as root, or allow user "
+            "namespaces (in a container: --privileged, or a seccomp profile that allows unshare and mount)."
+        )
     return told.rstrip().endswith(token.encode()) and process.returncode == 0
 
 

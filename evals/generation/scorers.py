@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Verdict = tuple[str | None, float]
 """The answer as it was read (None: there is none), and its score from 0 to 1."""
 
-_CODE = re.compile(r"```(?:python|py)?[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_CODE = re.compile(r"```(?:python|py)?[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _CODE_LIMIT = 65_536
 
 

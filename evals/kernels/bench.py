@@ -19,7 +19,9 @@ from torch import Tensor
 
 from evals.kernels import contenders
 from evals.kernels.chart import line_chart
-from evals.kernels.contenders import Run, Shape
+from evals.kernels.contenders import Run
+from evals.kernels.ggml import GgmlExperts, find_libraries
+from evals.kernels.shape import Shape
 from evals.kernels.timing import Roof, RoofMeter, Times, drifted, interleave, pin
 
 OLMOE = Shape(name="OLMoE, 32 of its experts", E=32, F=1024, D=2048, k=8)
@@ -74,10 +76,15 @@ def cell(times: Times) -> str:
     return f"{times.min_s * 1e3:.2f} | {times.median_s * 1e3:.2f} ± {times.mad_s * 1e3:.2f}"
 
 
-def all_runs(shape: Shape) -> dict[str, tuple[str, Run]]:
-    """Name -> (precision, how to run it)."""
-    weights = contenders.bf16_weights(shape)
-    return {
+def all_runs(shape: Shape, llama_cpp: Path | None) -> dict[str, tuple[str, Run]]:
+    """Name -> (precision, how to run it). llama.cpp takes part where its libraries are found."""
+    weights, libraries = contenders.bf16_weights(shape), find_libraries(llama_cpp)
+    theirs = {
+        f"llama.cpp, {kind}": (f"int{bits}", GgmlExperts(libraries, shape, bits))
+        for kind, bits in (("Q8_0", 8), ("Q4_0", 4))
+        if libraries is not None
+    }
+    return theirs | {
         "torch grouped_mm": ("bf16", contenders.torch_grouped_mm(weights)),
         "vLLM default": ("bf16", contenders.vllm_default(weights)),
         "ours, bf16 (vLLM's other kernel)": ("bf16", contenders.bound_bf16(weights)),
@@ -104,7 +111,8 @@ def headline(runs: dict[str, tuple[str, Run]], roof: Roof, shape: Shape) -> tupl
             lines.append(f"| {T} | {name} | {cell(times)} | {share:.0%} | {target} | {met} |")
             if met == "no":
                 missed.append(f"{name} at M={T}: {times.min_s * 1e3:.2f} ms, {share:.0%} of the roof")
-    lines += [f"| - | {name} | {reason} | - | - | - | - |" for name, reason in contenders.NOT_BESIDE.items()]
+    away = {name: why for name, why in contenders.NOT_BESIDE.items() if not any(run.startswith(name) for run in runs)}
+    lines += [f"| - | {name} | {reason} | - | - | - | - |" for name, reason in away.items()]
     lines.append("| - | Triton on CUDA | not measured here: python -m evals.kernels.gpu | - | - | - | - |")
     return lines, missed
 
@@ -203,19 +211,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench-results/kernels"))
     parser.add_argument("--all-shapes", action="store_true", help="also the other models' shapes")
     parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--only", choices=["headline", "shapes", "plots"], help="one part alone")
+    parser.add_argument("--only", choices=["headline", "ragged", "shapes", "plots"], help="one part alone")
+    parser.add_argument("--contenders", nargs="+", default=[""], help="those whose names start so; all by default")
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in OTHERS], help="which other models' shapes")
+    parser.add_argument("--llama-cpp", type=Path, help="the folder of ggml's libraries, where not installed")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)
     core, meter = pin(), RoofMeter()
     before = meter.measure()
     text: list[str] = []
     missed: list[str] = []
-    if chosen.only in (None, "headline"):
-        runs = all_runs(OLMOE)
-        rows, missed = headline(runs, before, OLMOE)
-        more_rows, more_missed = ragged(runs, OLMOE, before)
-        text, missed = [*rows, "\n## Ragged, M=256\n", *more_rows], missed + more_missed
+    if chosen.only in (None, "headline", "ragged"):
+        everyone = all_runs(OLMOE, chosen.llama_cpp)
+        runs = {name: run for name, run in everyone.items() if name.startswith(tuple(chosen.contenders))}
+        del everyone
+        if chosen.only != "ragged":
+            text, missed = headline(runs, before, OLMOE)
+        if chosen.only != "headline":
+            rows, more_missed = ragged(runs, OLMOE, before)
+            text, missed = [*text, "\n## Ragged, M=256\n", *rows], missed + more_missed
     if chosen.only == "shapes" or (chosen.all_shapes and chosen.only is None):
         text += ["\n## Other shapes\n", *other_shapes(before, chosen.shapes)]
     moved = drifted(before, meter.measure())

@@ -4,7 +4,6 @@ Legend: T tokens, D width, E experts, F expert width, K slots, N output rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,29 +17,15 @@ from collegium_kernels.ragged import Routing, by_expert
 from torch import Tensor
 from torch.nn import functional
 
+from evals.kernels.shape import Shape
+
 Run = Callable[[Tensor, Routing], Tensor]
-# Why these are not beside ours, each tried by pip on Python 3.11.
+# What pip found for Python 3.11, and why it is not in the table. llama.cpp's line goes when its libraries are there.
 NOT_BESIDE = {
-    "zentorch": "could not be had: the index offers 2.14.0.1 alone, which needs torch 2.14; vLLM 0.29 needs 2.13",
-    "kt-kernel": "not run: 0.7.2 needs torch 2.9.1 and computes in its own thread pool, outside one thread's CPU time",
-    "llama.cpp": "not run: llama-cpp-python 0.3.36 builds, but exposes no layer of experts, only whole models",
+    "zentorch": "not run: 2.14.0.1 is the only version on the index, vLLM 0.29 pins torch 2.13",
+    "kt-kernel": "not run: 0.7.2 asks for torch 2.9.1; its AVX512 extension imports, and is not wired in",
+    "llama.cpp": "not run: install llama-cpp-python, or pass the folder of its libraries with --llama-cpp",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model's layer of experts."""
-
-    name: str
-    E: int
-    F: int
-    D: int
-    k: int
-
-    @property
-    def numbers(self) -> int:
-        """Weights of one expert."""
-        return 3 * self.D * self.F
 
 
 def bf16_weights(shape: Shape) -> ExpertWeights:

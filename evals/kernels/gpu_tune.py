@@ -20,7 +20,8 @@ from collegium_kernels.ragged import Routing, rectangular
 from collegium_kernels.triton.backend import TritonBackend
 from collegium_kernels.triton.table import HOPPER, Config, Pair
 
-from evals.kernels.gpu import graphed, routings_of, times_ms, weights_of
+from evals.kernels.gpu import routings_of, weights_of
+from evals.kernels.gpu_timing import graphed, times_ms
 
 PROCESSES = 14
 # Shape, tokens and tile rows to try there.

@@ -1,8 +1,10 @@
 """Our experts inside vLLM and transformers beside the stock ones, on a Mixtral upcycled from a small dense model.
 
-``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own. With
-``--transformers`` the same prompts go through transformers' registry of experts, in fp32: there a text differs only
-where the experts do, while two bf16 engines part at the first near tie.
+``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own. The dense model
+in fp32 says what is right: its greedy texts are compared, and each engine is asked which token it would have chosen
+after every prefix of them. Beside ours stand the dense model in bf16 and the dense model with feed-forward weights that
+went through the same codes: what rounding alone changes. ``--transformers`` runs the same prompts through transformers'
+registry of experts.
 """
 
 import argparse
@@ -12,85 +14,140 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 LOG = logging.getLogger(__name__)
-RUNS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "dense": ("dense", None, {}),
-    "stock": ("sparse", None, {}),
-    "collegium_int8": ("sparse", "collegium_int8", {"group": 64}),
-    "collegium_int4": ("sparse", "collegium_int4", {"group": 32}),
-    "collegium_int8, top-p 0.6": ("sparse", "collegium_int8", {"group": 64, "routing": "top_p", "p": 0.6}),
-}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One way to run one checkpoint."""
+
+    name: str
+    folder: str
+    dtype: str = "float32"
+    quantization: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+TOP_P = {"routing": "top_p", "p": 0.6}
+ENGINES = (
+    Engine(name="dense", folder="dense"),
+    Engine(name="stock", folder="sparse"),
+    Engine(name="collegium", folder="sparse", quantization="collegium"),
+    Engine(name="collegium, top-p 0.6", folder="sparse", quantization="collegium", options=TOP_P),
+    Engine(name="dense, int8 codes", folder="dense_int8"),
+    Engine(name="collegium_int8", folder="sparse", quantization="collegium_int8", options={"group": 64}),
+    Engine(
+        name="collegium_int8, top-p 0.6", folder="sparse", quantization="collegium_int8", options={"group": 64, **TOP_P}
+    ),
+    Engine(name="dense, int4 codes", folder="dense_int4"),
+    Engine(name="collegium_int4", folder="sparse", quantization="collegium_int4", options={"group": 32}),
+    Engine(name="dense, bf16", folder="dense", dtype="bfloat16"),
+    Engine(name="stock, bf16", folder="sparse", dtype="bfloat16"),
+    Engine(name="collegium, bf16", folder="sparse", dtype="bfloat16", quantization="collegium"),
+)
+CODES = {"dense_int8": (8, 64), "dense_int4": (4, 32)}
 TOPICS = (
     "the capital of France", "why the sky is blue", "how bread is baked", "what a bond is", "the water cycle",
     "how to sort a list", "the Roman Empire", "photosynthesis", "what inflation means", "how a bicycle stays up",
     "the speed of light", "how to boil an egg", "what a prime number is", "the moon landing", "how rain forms",
     "what DNA is", "the rules of chess", "how a loan works", "what a volcano is", "how plants drink",
 )  # fmt: skip
-TOKENS = 48
-IMPLEMENTATIONS = ("dense", "eager", "collegium", "collegium_int8", "collegium_int4")
+PROMPTS = tuple(f"Explain in one sentence: {topic}." for topic in TOPICS)
+# Of transformers: the checkpoint, the dtype, and who runs the experts.
+IMPLEMENTATIONS: dict[str, tuple[str, str, str | None]] = {
+    "dense": ("dense", "float32", None),
+    "stock": ("sparse", "float32", "eager"),
+    "collegium": ("sparse", "float32", "collegium"),
+    "dense, bf16": ("dense", "bfloat16", None),
+    "stock, bf16": ("sparse", "bfloat16", "eager"),
+    "collegium_int8": ("sparse", "float32", "collegium_int8"),
+    "dense, int8 codes": ("dense_int8", "float32", None),
+    "collegium_int4": ("sparse", "float32", "collegium_int4"),
+    "dense, int4 codes": ("dense_int4", "float32", None),
+}
 
 
 def prepare(dense_source: Path, work: Path) -> None:
-    """The dense model and its upcycled twin as checkpoints; skipped where they are already."""
+    """The dense model, its upcycled twin and its rounded ones as checkpoints; those that are there already are kept."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from evals.kernels.upcycle import upcycle
 
-    if (work / "sparse" / "config.json").exists():
-        return
-    dense = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
+    missing = [name for name in ("dense", "sparse", *CODES) if not (work / name / "config.json").exists()]
     tokenizer = AutoTokenizer.from_pretrained(dense_source)
-    for name, model in (("dense", dense), ("sparse", upcycle(dense))):
+    for name in missing:
+        model: Any = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
+        if name == "sparse":
+            model = upcycle(model)
+        elif name in CODES:
+            _round(model.float(), *CODES[name])
         model.save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
 
 
-def generate(model: Path, quantization: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Greedy texts of one engine, and tokens a second of the better of two runs."""
+def _round(model: Any, bits: int, group: int) -> None:
+    """What our codes stand for, in place of the feed-forward weights. Activations stay exact, unlike in our kernels."""
+    from collegium_kernels.quant import quantise
+
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            parameter.data = quantise(parameter.data[None], bits=bits, group=group).dequantise()[0]
+
+
+def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] | None) -> dict[str, Any]:
+    """Greedy tokens, tokens a second of the better of two runs, and how many of ``wanted``'s it would have chosen."""
     from collegium_kernels.vllm_plugin import register
     from vllm import LLM, SamplingParams
 
     register()
-    overrides = {"quantization_config_dict_json": json.dumps(options)} if quantization else {}
-    engine = LLM(
-        str(model), quantization=quantization, hf_overrides=overrides, enforce_eager=True, max_model_len=256,
-        max_num_seqs=20, dtype="bfloat16", disable_log_stats=True,
+    overrides = {"quantization_config_dict_json": json.dumps(engine.options)} if engine.quantization else {}
+    chosen: Any = {"quantization": engine.quantization, "dtype": engine.dtype}  # vLLM's types list its own names only
+    llm = LLM(
+        str(work / engine.folder), hf_overrides=overrides, enforce_eager=True, max_model_len=256, max_num_seqs=20,
+        disable_log_stats=True, enable_prefix_caching=False, **chosen,
     )  # fmt: skip
-    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    messages: Any = [[{"role": "user", "content": f"Explain in one sentence: {topic}."}] for topic in TOPICS]
-    speeds, texts = [], []
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    messages: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    speeds, outputs = [], []
     for _ in range(3):
         started = time.perf_counter()
-        outputs = engine.chat(messages, params, use_tqdm=False)
-        speeds.append(sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - started))
-        texts = [o.outputs[0].text for o in outputs]
-    return {"texts": texts, "tokens_per_s": max(speeds[1:])}
+        outputs = llm.chat(messages, params, use_tqdm=False)
+        speeds.append(len(PROMPTS) * tokens / (time.perf_counter() - started))
+    rows = [list(output.outputs[0].token_ids) for output in outputs]
+    prompts = [list(output.prompt_token_ids or ()) for output in outputs]
+    agreed = _would_choose(llm, prompts, wanted or rows)
+    return {"rows": rows, "tokens_per_s": max(speeds[1:]), "chosen": agreed}
 
 
-def run_all(work: Path) -> str:
-    lines = [
-        "| engine | texts as the dense model's | text before the first difference | tokens/s | of stock |",
-        "|---|---|---|---|---|",
-    ]
+def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -> int:
+    """Of all wanted tokens, those that are the engine's own first choice after the wanted ones before them."""
+    from vllm import SamplingParams
+
+    whole: Any = [{"prompt_token_ids": [*p, *w]} for p, w in zip(prompts, wanted, strict=True)]
+    outputs = llm.generate(whole, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), use_tqdm=False)
+    return sum(
+        step[token].rank == 1
+        for output, prompt, row in zip(outputs, prompts, wanted, strict=True)
+        for token, step in zip(row, output.prompt_logprobs[len(prompt) :], strict=True)
+    )
+
+
+def run_vllm(work: Path, tokens: int) -> str:
     results: dict[str, dict[str, Any]] = {}
-    for name, (folder, quantization, options) in RUNS.items():
-        results[name] = _child(work / folder, quantization, options)
-        LOG.info("%s: %.1f tokens/s", name, results[name]["tokens_per_s"])
-    for name, result in results.items():
-        pairs = list(zip(result["texts"], results["dense"]["texts"], strict=True))
-        same = sum(a == b for a, b in pairs)
-        agree = sum(_shared(a, b) / max(1, len(b)) for a, b in pairs) / len(pairs)
-        speed, stock = result["tokens_per_s"], results["stock"]["tokens_per_s"]
-        lines.append(f"| {name} | {same} of {len(pairs)} | {agree:.0%} | {speed:.1f} | {speed / stock:.2f} |")
-    return "\n".join(lines) + "\n"
+    for engine in ENGINES:
+        wanted = results["dense"]["rows"] if results else None
+        results[engine.name] = _child(engine, work, tokens, wanted)
+        LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
+    return table(results, tokens)
 
 
-def run_transformers(work: Path) -> str:
-    """Greedy texts of the dense model and of its upcycled twin with each implementation of the experts."""
+def run_transformers(work: Path, tokens: int) -> str:
+    """Greedy tokens of the dense model and of its upcycled twin with each implementation of the experts."""
     import torch
     from collegium_kernels.transformers_experts import register
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,45 +155,56 @@ def run_transformers(work: Path) -> str:
     register()
     tokenizer = AutoTokenizer.from_pretrained(work / "dense", padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
-    chats = [[{"role": "user", "content": f"Explain in one sentence: {topic}."}] for topic in TOPICS]
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     prompts = tokenizer(texts, return_tensors="pt", padding=True)
-    results: dict[str, list[list[int]]] = {}
-    speeds: dict[str, float] = {}
-    for name in IMPLEMENTATIONS:
-        options = {} if name == "dense" else {"experts_implementation": name}
-        folder = work / ("dense" if name == "dense" else "sparse")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    results: dict[str, dict[str, Any]] = {}
+    for name, (folder, dtype, experts) in IMPLEMENTATIONS.items():
+        options = {"experts_implementation": experts} if experts else {}
+        model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=getattr(torch, dtype), **options)
         started = time.perf_counter()
         with torch.no_grad():
-            ids = model.generate(**prompts, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        speeds[name] = len(TOPICS) * TOKENS / (time.perf_counter() - started)
-        results[name] = ids[:, prompts.input_ids.shape[1] :].tolist()
+            ids = model.generate(**prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            speed = len(PROMPTS) * tokens / (time.perf_counter() - started)
+            wanted = results["dense"]["ids"] if results else ids
+            mask = torch.nn.functional.pad(prompts.attention_mask, (0, tokens), value=1)
+            logits = model(wanted, attention_mask=mask, logits_to_keep=tokens + 1).logits[:, :-1]
+        chosen = int((logits.argmax(dim=2) == wanted[:, -tokens:]).sum())
+        results[name] = {"rows": ids[:, -tokens:].tolist(), "tokens_per_s": speed, "chosen": chosen, "ids": ids}
+        LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
         del model
+    return table(results, tokens)
+
+
+def table(results: dict[str, dict[str, Any]], tokens: int) -> str:
+    """Each engine beside the dense model in fp32; the middle columns are over greedy texts of ``tokens`` tokens."""
     lines = [
-        "| experts | texts as the dense model's | tokens before the first other one | tokens/s |",
-        "|---|---|---|---|",
+        "| engine | texts equal | tokens before the first other one | dense's tokens it would choose | tokens/s |",
+        "|---|---|---|---|---|",
     ]
-    for name, rows in results.items():
-        pairs = list(zip(rows, results["dense"], strict=True))
-        same = sum(a == b for a, b in pairs)
-        agree = sum(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), TOKENS) for a, b in pairs)
-        lines.append(f"| {name} | {same} of {len(pairs)} | {agree / len(pairs):.1f} of {TOKENS} | {speeds[name]:.1f} |")
+    for name, result in results.items():
+        pairs = list(zip(result["rows"], results["dense"]["rows"], strict=True))
+        before = sum(agreed(a, b) for a, b in pairs) / len(pairs)
+        chosen = f"{result['chosen'] / len(pairs) / tokens:.1%}" if "chosen" in result else "-"
+        lines.append(
+            f"| {name} | {sum(a == b for a, b in pairs)} of {len(pairs)} | {before:.1f} of {tokens} | {chosen} "
+            f"| {result['tokens_per_s']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _shared(a: str, b: str) -> int:
-    """Characters until the first that differs."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def agreed(row: list[int], wanted: list[int]) -> int:
+    """Tokens until the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(row, wanted, strict=True)) if a != b), len(wanted))
 
 
-def _child(model: Path, quantization: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _child(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] | None) -> dict[str, Any]:
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    asked = json.dumps({"model": str(model), "quantization": quantization, "options": options})
+    asked = json.dumps({"engine": asdict(engine), "work": str(work), "tokens": tokens, "wanted": wanted})
     command = [sys.executable, "-m", "evals.kernels.hosts", "--child", asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
-        raise RuntimeError(f"the engine {model.name} ({quantization}) failed: {done.stderr[-3000:]}")
+        raise RuntimeError(f"the engine '{engine.name}' failed: {done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -144,18 +212,20 @@ def _child(model: Path, quantization: str | None, options: dict[str, Any]) -> di
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a folder with a dense Llama checkpoint")
-    parser.add_argument("--work", type=Path, help="where the two checkpoints are kept")
+    parser.add_argument("--work", type=Path, help="where the checkpoints are kept")
+    parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each text")
     parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
         asked = json.loads(chosen.child)
-        result = generate(Path(asked["model"]), asked["quantization"], asked["options"])
+        result = run_engine(Engine(**asked["engine"]), Path(asked["work"]), asked["tokens"], asked["wanted"])
         sys.stdout.write("\n" + json.dumps(result) + "\n")
         return
     logging.basicConfig(level=logging.INFO)
     prepare(chosen.model, chosen.work)
-    sys.stdout.write(run_transformers(chosen.work) if chosen.transformers else run_all(chosen.work))
+    run = run_transformers if chosen.transformers else run_vllm
+    sys.stdout.write(run(chosen.work, chosen.tokens))
 
 
 if __name__ == "__main__":

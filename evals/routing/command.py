@@ -128,8 +128,8 @@ async def _run(
             found["leave_one_out"] = await leave_each_out(
                 setting, names[0], encoder, on_expert=lambda: progress.advance(1)
             )
+    found["plots"] = [path.stem for path in plots.draw(evaluation, out)]
     report.write(found, out)
-    plots.draw(evaluation, out)
     _show(evaluation, found)
     console.print(f"[dim]report.json, report.md and the plots are in {out}[/]")
 

@@ -6,23 +6,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evals.routing.bench import Evaluation
+from routers.records import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHOWN = 6
+"""Lines in colour in a plot: the best ones. The others stay, in grey, without a name."""
+FEW = 20
+"""Answers below which a point of the reliability plot is chance, and is not drawn."""
 INK, GOOD, PALE, LINE = "#33415c", "#2a9d8f", "#b8c4d6", "#e76f51"
 
 
 def draw(evaluation: Evaluation, folder: Path) -> list[Path]:
     """PNG files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "scores": _scores(evaluation),
-        "cost": _cost(evaluation),
-        "pair": _pair(evaluation),
-        "reliability": _reliability(evaluation),
-    }
+    figures = {"scores": _scores(evaluation), "reliability": _reliability(evaluation)}
+    if np.ptp(evaluation.setting.costs_E) > 0:
+        figures["cost"] = _cost(evaluation)
+    if any(fit.pair is not None for fit in evaluation.fits):
+        figures["pair"] = _pair(evaluation)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -61,6 +65,7 @@ def _scores(evaluation: Evaluation) -> "Figure":
     best = evaluation.estimates["best_single"].value * 100
     axes.axvline(best, color=LINE, linewidth=1.2)
     axes.set_xlim(left=max(0.0, values.min() - 12))
+    axes.margins(y=0.01)
     axes.set_xlabel(f"score in percent; line: best single; green: helps; oracle {_oracle(evaluation):.1f}")
     return figure
 
@@ -74,9 +79,8 @@ def _cost(evaluation: Evaluation) -> "Figure":
     setting = evaluation.setting
     mean_costs, means = setting.cost_QE[setting.test].mean(axis=0), setting.scores_QE.mean(axis=0) * 100
     axes.scatter(mean_costs, means, color=PALE, edgecolor=INK, zorder=3, label="experts")
-    for fit in evaluation.fits:
-        points = sorted((cost, score * 100) for cost, score in fit.curve)
-        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=fit.router)
+    routed = [(fit.router, np.array(sorted(fit.curve)) * [1, 100]) for fit in evaluation.fits]
+    _lines(axes, [(name, points, float(points[:, 1].mean())) for name, points in routed])
     if mean_costs.min() > 0:
         axes.set_xscale("log")
     axes.set_xlabel(f"mean cost of a question ({setting.unit})")
@@ -87,10 +91,10 @@ def _cost(evaluation: Evaluation) -> "Figure":
 
 def _pair(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(6, 4.5, "Strong and weak expert")
-    for fit in evaluation.fits:
-        if fit.pair is not None:
-            share = np.linspace(0, 100, len(fit.pair.scores))
-            axes.plot(share, fit.pair.scores * 100, linewidth=1.2, label=f"{fit.router} {fit.pair.apgr or 0:.2f}")
+    pairs = [(f"{f.router} {f.pair.apgr or 0:.2f}", f.pair) for f in evaluation.fits if f.pair is not None]
+    shares = [np.linspace(0, 100, len(pair.scores)) for _, pair in pairs]
+    points = [np.stack([x, pair.scores * 100], axis=1) for x, (_, pair) in zip(shares, pairs, strict=True)]
+    _lines(axes, [(name, line, pair.area) for line, (name, pair) in zip(points, pairs, strict=True)])
     pair = next((f.pair for f in evaluation.fits if f.pair is not None), None)
     if pair is not None:
         ids = evaluation.setting.records.expert_ids
@@ -102,15 +106,24 @@ def _pair(evaluation: Evaluation) -> "Figure":
     return figure
 
 
+def _lines(axes: "Axes", lines: list[tuple[str, Array, float]]) -> None:
+    """(label, points, how good it is): the best in colour, best first in the legend."""
+    ranked = sorted(lines, key=lambda line: -line[2])
+    for label, points, _ in ranked[:SHOWN]:
+        axes.plot(*points.T, linewidth=1.4, label=label, zorder=2)
+    for _, points, _ in ranked[SHOWN:]:
+        axes.plot(*points.T, linewidth=0.8, color=PALE, alpha=0.7, zorder=1)
+
+
 def _reliability(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(5, 4.5, "Do probabilities hold?")
     axes.plot([0, 1], [0, 1], "--", color="#777", linewidth=1)
     for fit in evaluation.fits:
         if fit.calibration is not None:
-            predicted, scores, _ = zip(*fit.calibration.bins, strict=True)
+            bins = [b for b in fit.calibration.bins if b[2] >= FEW]
             axes.plot(
-                predicted,
-                scores,
+                [b[0] for b in bins],
+                [b[1] for b in bins],
                 marker="o",
                 markersize=3,
                 linewidth=1,

@@ -143,7 +143,7 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
             "",
             *wording(report.get("robustness")),
             *left_out(report.get("leave_one_out")),
-            *(f"![{name}]({name}.png)" for name in ("scores", "cost", "pair", "reliability")),
+            *(f"![{name}]({name}.png)" for name in report.get("plots", ())),
             extra,
             "",
         ]

@@ -30,6 +30,14 @@ class Consulting(Protocol):
         """Whom it may ask to combine the answers of ``expert_ids``: an expert for each call, at most."""
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """An aggregator that holds something of its own, such as a reward's session or engine."""
+
+    async def aclose(self) -> None:
+        """Give it back. Safe on one that was never used, and twice."""
+
+
 def consulted(aggregator: object, expert_ids: Sequence[str]) -> Sequence[str]:
     """What ``aggregator`` asks itself to combine several answers; nobody where there is but one."""
     return aggregator.consults(expert_ids) if isinstance(aggregator, Consulting) and len(expert_ids) > 1 else ()

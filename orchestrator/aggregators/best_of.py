@@ -7,7 +7,7 @@ from dataclasses import replace
 from experts.base import Score
 from experts.errors import CollegiumError, ExpertFailed
 from experts.types import JSON, Completion, Request
-from orchestrator.aggregators.base import AggregatorParts
+from orchestrator.aggregators.base import AggregatorParts, Closing
 from orchestrator.aggregators.election import by_rank
 from orchestrator.aggregators.rewards import make_reward
 from orchestrator.aggregators.vote import vote_instead
@@ -45,6 +45,10 @@ class BestOf:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         return not pending
+
+    async def aclose(self) -> None:
+        if isinstance(self._reward, Closing):
+            await self._reward.aclose()
 
     async def _score(self, request: Request, answers: Sequence[Completion]) -> list[Score]:
         """Raises ExpertFailed for a reward that gives too few or too many."""

@@ -7,16 +7,17 @@ which answers came.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import numpy as np
 
 from experts.errors import ConfigError
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
+from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.extract import Asked, make_extract, read_request, settle_percents
 from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import Stack
+from orchestrator.aggregators.stacking.grams import Grams, Options
 from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.recorded import letter_place
@@ -67,7 +68,7 @@ class Stacked:
             return self._account(winner, heard, posterior_O, counts_A, note)
         seed = request.metadata.get("route_seed", request.params.seed)
         rounded = {o: round(float(posterior_O[o]), 9) for o in said}
-        best = max(said, key=lambda o: (rounded[o], _lot(seed, heard.options[o])))
+        best = max(said, key=lambda o: (rounded[o], lot(seed, heard.options[o])))
         tied = sum(rounded[o] == rounded[best] for o in said)
         votes = [(-counts_A[i], a.place, a) for i, a in enumerate(heard.answers) if a.vote == best]
         note = f"{tied} options tied; decided by seed" if tied > 1 else None
@@ -111,14 +112,11 @@ class Stacked:
         stack = self._fitted.stack
         columns = [a.column for a in heard.answers]
         task = request.metadata.get("task")
-        traits = np.zeros((1, len(heard.options) + 1, len(TRAITS)), np.float32)
-        if heard.asked.options:
-            traits[0, :-1] = option_traits(heard.options, request.question)
         panel = _Panel(stack, columns)
         ballots = _ballots(
             heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1
         )
-        prepared = panel.stack.prepare(ballots, traits)
+        prepared = panel.stack.prepare(ballots, _options(heard, request.question))
         counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
         return panel.stack.logit.posterior(prepared)[0], counts
 
@@ -183,6 +181,14 @@ class _Panel:
         )
 
 
+def _options(heard: _Heard, question: str) -> Options:
+    listed, width = heard.options if heard.asked.options else (), len(heard.options) + 1
+    traits = np.zeros((1, width, len(TRAITS)), np.float32)
+    if listed:
+        traits[0, :-1] = option_traits(listed, question)
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width))
+
+
 def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
     answers, options = heard.answers, len(heard.options)
     listed = bool(heard.asked.options)
@@ -206,10 +212,6 @@ def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
 
 def _vote(answer: str, asked: Asked, options: Sequence[str]) -> int:
     return letter_place(answer, options) if asked.options else options.index(answer)
-
-
-def _lot(seed: object, option: str) -> bytes:
-    return blake2b(f"{seed}\0{option}".encode(errors="replace"), digest_size=8).digest()
 
 
 def _label(option: str, place: int, asked: Asked) -> str:

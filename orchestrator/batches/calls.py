@@ -39,10 +39,11 @@ class Calls:
         service = self._session.bench().service
         dispatcher, residency = service.dispatcher, service.dispatcher.residency
         slots = asyncio.Semaphore(residency.slots or len(waiting))
-        there = dispatcher.snapshot()
+        ready = [engine_id for engine_id, status in dispatcher.snapshot().items() if status.state == "ready"]
         async with asyncio.TaskGroup() as group:
-            for engine_id in sorted(waiting, key=lambda e: (there[e].state != "ready", -waiting[e])):
-                place = slots if residency.manages(service.engines[engine_id]) else asyncio.Semaphore(1)
+            for engine_id in sorted(waiting, key=lambda e: (e not in ready, -waiting[e])):
+                engine = service.engines.get(engine_id)  # None where the config has it no more: spares are asked
+                place = slots if engine is not None and residency.manages(engine) else asyncio.Semaphore(1)
                 group.create_task(self._feed(engine_id, waiting[engine_id], place))
 
     async def _feed(self, engine_id: str, left: int, place: asyncio.Semaphore) -> None:

@@ -24,13 +24,18 @@ CLOSED = "Files and batches are closed here: set batches.path in the config to a
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+"""OpenAI's limits; every list of batches carries them."""
+
+
 class BatchBody(Wire):
     """POST /v1/batches"""
 
     input_file_id: Annotated[str, Field(min_length=1, max_length=200)]
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,2}h$", description="Hours, such as '24h'.")]
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     output_expires_after: dict[str, Any] | None = Field(None, description="Accepted for compatibility; not read.")
 
 
@@ -108,14 +113,10 @@ class BatchEndpoints:
         return JSONReply(self._manager.body(await self._batch(http, batch_id)))
 
     async def cancel(self, http: HttpRequest, batch_id: str) -> Response:
-        batch = await self._batch(http, batch_id)
-        if batch.status == "validating":
-            changes = {"cancelling_at": now()}
-            await asyncio.to_thread(self._register.change, batch.batch_id, "cancelling", changes)
-            batch = await self._batch(http, batch_id)
+        tenant = self._enter(http)
+        batch, fresh = await asyncio.to_thread(self._register.cancel, batch_id, tenant.name)
+        if fresh:
             self._manager.cancel(batch)
-        elif batch.status != "cancelling":
-            raise BadRequest(f"The batch is {batch.status}; there is nothing left to cancel.", param="batch_id")
         return JSONReply(self._manager.body(batch))
 
     @property

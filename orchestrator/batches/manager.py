@@ -93,21 +93,28 @@ class Manager:
         code: tuple[str, str] | None = None
         while True:
             try:
-                report = await self._attempt(batch, code)
-                break
-            except Unavailable as exc:
-                log.error("batch %s waits %.0f s: %s", batch.batch_id, self.PAUSE_S, exc.message)
-                await asyncio.sleep(self.PAUSE_S)
-            except CollegiumError as exc:
-                await asyncio.to_thread(self._fail, batch, exc)
+                await self._settle(batch, code)
                 return
             except TimeoutError:
                 code = EXPIRED
+            except (Unavailable, OSError) as exc:
+                log.error("batch %s waits %.0f s: %s", batch.batch_id, self.PAUSE_S, exc)
+                await asyncio.sleep(self.PAUSE_S)
             except asyncio.CancelledError:
                 if is_cancelled():
                     raise
                 code = CANCELLED
-        await asyncio.to_thread(self._complete, batch, report, code)
+
+    async def _settle(self, batch: StoredBatch, code: tuple[str, str] | None) -> None:
+        """To its end, unless it waits for the disk, is cancelled or expires."""
+        try:
+            report = await self._attempt(batch, code)
+        except Unavailable:
+            raise
+        except CollegiumError as exc:
+            await asyncio.to_thread(self._fail, batch, exc)
+        else:
+            await asyncio.to_thread(self._complete, batch, report, code)
 
     async def _attempt(self, batch: StoredBatch, code: tuple[str, str] | None) -> Mapping[str, Any]:
         """The report. Raises TimeoutError when its window closes, CancelledError when its owner cancels it."""

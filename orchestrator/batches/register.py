@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
+from filelock import FileLock, Timeout
 
 from experts.errors import BadRequest, ConfigError, NotFound, RateLimited, Unavailable
 
@@ -65,7 +66,8 @@ class StoredBatch:
 
 
 class Register:
-    """Methods block for a moment; call them in a thread. Raises ConfigError when the folder cannot be used."""
+    """Methods block for a moment; call them in a thread. Raises ConfigError when the folder cannot be used, or another
+    service keeps its batches there: each would take up what the other is at."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,18 +75,25 @@ class Register:
         try:
             for part in ("files", "batches"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
+            self._alone = FileLock(folder / "register.lock", thread_local=False)
+            self._alone.acquire(timeout=0)
+            for cut_off in (folder / "files").glob("*.part"):
+                cut_off.unlink()
             self._db = sqlite3.connect(
                 folder / "register.sqlite", timeout=1, check_same_thread=False, isolation_level=None
             )
             self._db.executescript(
                 f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; BEGIN IMMEDIATE; {SCHEMA} COMMIT"
             )
+        except Timeout as exc:
+            raise ConfigError(f"batches.path: another service keeps its batches in {folder}; name another.") from exc
         except (OSError, sqlite3.Error) as exc:
             raise ConfigError(f"batches.path: cannot keep batches in {folder}: {exc}.") from exc
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+            self._alone.release()
 
     def place(self) -> tuple[str, Path]:
         """An id and a path for a new file."""
@@ -138,11 +147,19 @@ class Register:
     def batch(self, batch_id: str, tenant: str | None) -> StoredBatch:
         """Raises NotFound."""
         with self._transaction() as db:
-            query = f"SELECT {_BATCH} FROM batches WHERE id = ? AND tenant IS ?"  # noqa: S608
-            row = db.execute(query, (batch_id, tenant)).fetchone()
-        if row is None:
-            raise NotFound(f"No batch '{batch_id[:100]}'.", param="batch_id")
-        return _stored_batch(row)
+            return _find_batch(db, batch_id, tenant)
+
+    def cancel(self, batch_id: str, tenant: str | None) -> tuple[StoredBatch, bool]:
+        """The batch, and whether it is being cancelled since now. Raises NotFound, and BadRequest where it has ended
+        (in one step with the cancelling: it may end at any moment)."""
+        with self._transaction() as db:
+            batch = _find_batch(db, batch_id, tenant)
+            if batch.status not in UNFINISHED:
+                raise BadRequest(f"The batch is {batch.status}; there is nothing left to cancel.", param="batch_id")
+            if batch.status == "cancelling":
+                return batch, False
+            _change(db, batch_id, "cancelling", {"cancelling_at": now()})
+            return _find_batch(db, batch_id, tenant), True
 
     def batches(self, tenant: str | None, *, page: "Page") -> list[StoredBatch]:
         """One more than the page's limit, where there are more."""
@@ -159,9 +176,7 @@ class Register:
     ) -> None:
         """The batch's new status and what else is new of it, together with the files that it wrote."""
         with self._transaction() as db:
-            (body,) = db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
-            body = orjson.dumps({**orjson.loads(body), **changes})
-            db.execute("UPDATE batches SET status = ?, body = ? WHERE id = ?", (status, body, batch_id))
+            _change(db, batch_id, status, changes)
             for file in files:
                 self._add(db, file)
 
@@ -234,6 +249,20 @@ def _unfinished(db: sqlite3.Connection) -> list[StoredBatch]:
     marks = ", ".join("?" for _ in UNFINISHED)
     query = f"SELECT {_BATCH} FROM batches WHERE status IN ({marks}) ORDER BY seq"  # noqa: S608
     return [_stored_batch(row) for row in db.execute(query, UNFINISHED)]
+
+
+def _find_batch(db: sqlite3.Connection, batch_id: str, tenant: str | None) -> StoredBatch:
+    query = f"SELECT {_BATCH} FROM batches WHERE id = ? AND tenant IS ?"  # noqa: S608
+    row = db.execute(query, (batch_id, tenant)).fetchone()
+    if row is None:
+        raise NotFound(f"No batch '{batch_id[:100]}'.", param="batch_id")
+    return _stored_batch(row)
+
+
+def _change(db: sqlite3.Connection, batch_id: str, status: Status, changes: Mapping[str, Any]) -> None:
+    (body,) = db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
+    body = orjson.dumps({**orjson.loads(body), **changes})
+    db.execute("UPDATE batches SET status = ?, body = ? WHERE id = ?", (status, body, batch_id))
 
 
 def _stored_batch(row: Sequence[Any]) -> StoredBatch:

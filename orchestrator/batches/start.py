@@ -69,6 +69,7 @@ async def open_bench(
         yield Bench(service=service, reader=reader)
     finally:
         await residency.close()
+        await service.aclose()
         for engine in service.engines.values():
             await residency.drop(engine)
 

@@ -95,8 +95,11 @@ class Store:
                 f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT"
             )
         except sqlite3.Error as exc:
+            if hasattr(self, "_db"):
+                self._db.close()  # open, it would keep the next try out
             self._lock.release()
-            raise ConfigError(_unusable(path, exc)) from exc
+            full = exc.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+            raise (Unavailable if full else ConfigError)(_unusable(path, exc)) from exc
 
     def close(self) -> None:
         self._db.close()

@@ -1,6 +1,7 @@
 """A file on its way in: multipart/form-data, straight to its place on the disk, never whole in memory."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request as HttpRequest
 
-from experts.errors import BadRequest
+from experts.errors import BadRequest, Unavailable
 from orchestrator.batches.output import whole
 from orchestrator.client import stream_body
+
+log = logging.getLogger(__name__)
 
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 """Expiry is accepted for compatibility; a file stays until it is deleted."""
@@ -34,10 +37,14 @@ async def take_upload(http: HttpRequest, path: Path, *, max_bytes: int, stall_s:
     Raises TooLarge, SlowBody, BadRequest, and Unavailable when the disk is full.
     """
     body = stream_body(http, max_bytes=max_bytes + OVERHEAD_BYTES, stall_s=stall_s)
-    with whole(path) as file:
-        form = Form(_boundary(http), file)
-        await _feed(form, body)
-        return form.close()
+    try:
+        with whole(path) as file:
+            form = Form(_boundary(http), file)
+            await _feed(form, body)
+            return form.close()
+    except Unavailable as exc:
+        log.error("an upload failed: %s", exc.message)
+        raise Unavailable("The service cannot store the file now; its disk is full or fails.") from exc
 
 
 async def _feed(form: "Form", body: AsyncIterator[bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from experts.base import Expert, collect_choices
-from experts.errors import BreakerOpen, CollegiumError, QueueFull
+from experts.errors import BreakerOpen, CollegiumError, ExpertFailed, QueueFull
 from experts.types import Completion, Request, Usage
 from orchestrator.batches.lines import Asked, Reader, custom_id
 from orchestrator.batches.rows import Rows
@@ -62,7 +62,7 @@ class Worker:
             run = Run(request=own, policy=policy)
             with bugs_told():
                 async with bench.service.ledger.watch(run):
-                    completions = await self._patiently(bench.service.experts[call.expert_id], own)
+                    completions = await self._patiently(_expert(bench, call.expert_id), own)
         except CollegiumError as exc:
             return self._failed(call, exc), run.calls if run else []
         answer = Answer(completions=completions, calls=run.calls)
@@ -152,6 +152,13 @@ class Worker:
     def _failed(self, call: Call, exc: CollegiumError) -> Said:
         said = {"code": exc.code, "message": exc.message, "param": exc.param, "status": exc.status, "kind": exc.kind}
         return Said(n=call.n, slot=call.slot, ok=False, said=to_json(said), may_fall_back=exc.fallback)
+
+
+def _expert(bench: Bench, expert_id: str) -> Expert:
+    """Raises ExpertFailed where the config that the batch was planned by had it, and this one has not."""
+    if (expert := bench.service.experts.get(expert_id)) is None:
+        raise ExpertFailed(f"Expert '{expert_id}' was taken out of the config.", retryable=False)
+    return expert
 
 
 def read_answer(said: bytes) -> Answer:

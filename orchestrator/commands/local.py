@@ -102,6 +102,7 @@ async def _service(config: Config) -> AsyncIterator[Service]:
     try:
         yield service
     finally:
+        await service.aclose()
         for engine in service.engines.values():
             await engine.unload()
 

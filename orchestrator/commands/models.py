@@ -7,9 +7,15 @@ import typer
 from orchestrator.commands.options import Json
 from orchestrator.commands.screen import bars, make_console
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="The checkpoints that can be had offline, and making them ready."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def models() -> None:
+    """The checkpoints that can be had offline, and making them ready.
+
+    Example: collegium models list
+    """
 
 
 @app.command("list")

@@ -194,6 +194,11 @@ class Residency(Section):
     load_backoff_s: PositiveFloat = Field(1, description="Before the second try; doubles with each.")
     failed_s: PositiveFloat = Field(60, description="An engine that does not load is left alone for so long.")
     queue: PositiveInt = Field(10_000, description="Calls that may wait for engines to be loaded.")
+    sleep: Literal[1, 2] | None = Field(
+        None,
+        description="GPU only: vllm engines that go sleep instead of ending. 1 keeps their weights in this machine's "
+        "memory, 2 reads them again.",
+    )
 
     @property
     def limited(self) -> bool:

@@ -15,6 +15,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Finding]]] = {
     "extras": installation.extras,
     "imports": installation.imports,
     "cache": installation.cache,
+    "batches": installation.batches,
     "memory": installation.memory,
     "port": installation.port,
     "policies": configuration.policies,

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experts.types import Backend, EngineSpec
-from orchestrator.config import Config
+from orchestrator.aggregators.reading import BY_MEANING
+from orchestrator.config import AggregatorConfig, Config
 from routers.learned import MODELS
 from routers.static import WordLlama
 
-ENCODER_ROUTERS = frozenset({"centroid", *MODELS})
+ENCODER_ROUTERS = frozenset({"centroid", "prompts", *MODELS})
 """Routers that read embeddings, and so need the extra 'encoder' and its model."""
 
 
@@ -35,9 +36,16 @@ class Case:
 
     @property
     def needs_encoder(self) -> bool:
-        return any(p.router.name in ENCODER_ROUTERS for p in self.config.policies.values())
+        policies = self.config.policies.values()
+        return any(p.router.name in ENCODER_ROUTERS or _reads_embeddings(p.aggregator) for p in policies)
 
     @property
     def encoder_package(self) -> str:
         """What the encoder cannot do without."""
         return "wordllama" if self.config.encoder.model == WordLlama.NAME else "sentence_transformers"
+
+
+def _reads_embeddings(aggregator: AggregatorConfig) -> bool:
+    """Agreement and votes by meaning do. What an artefact needs, it says when it is made: the check 'policies'."""
+    agreement = aggregator.name == "best_of" and aggregator.artefact is None
+    return agreement or aggregator.options.get("extract") == BY_MEANING

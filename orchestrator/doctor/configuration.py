@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 
@@ -34,11 +34,13 @@ def encoder(case: Case) -> Iterator[Finding]:
     try:
         found = make_encoder(wanted.model, 1, wanted.runtime)
     except ConfigError as exc:
-        status: Literal["fail", "ok"] = "fail" if case.needs_encoder else "ok"
-        todo = "install it, or set encoder.model" if case.needs_encoder else ""
-        yield Finding(check="encoder", status=status, message=exc.message, todo=todo)
+        if case.needs_encoder:
+            todo = "install it, or set encoder.model"
+            yield Finding(check="encoder", status="fail", message=exc.message, todo=todo)
+        else:
+            yield Finding(check="encoder", message=f"none, and only /v1/embeddings would need one: {exc.message}")
         return
-    use = "in use" if case.needs_encoder else "of use to /v1/embeddings only: no router reads embeddings"
+    use = "in use" if case.needs_encoder else "of use to /v1/embeddings only: no policy reads embeddings"
     yield Finding(check="encoder", message=f"{found.name} ({found.width} wide) by {found.runtime}, {use}")
 
 

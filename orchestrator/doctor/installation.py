@@ -60,18 +60,13 @@ def imports(case: Case) -> Iterator[Finding]:
 
 def cache(case: Case) -> Iterator[Finding]:
     """Prepared models are written to the cache."""
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            yield Finding(check="cache", message=f"{folder} can be written")
-    except OSError as exc:
-        yield Finding(
-            check="cache",
-            status="fail",
-            message=f"{folder} cannot be written: {exc.strerror}",
-            todo="export COLLEGIUM_CACHE=/a/folder/of/yours",
-        )
+    yield _try_writing(cache_dir(), check="cache", todo="export COLLEGIUM_CACHE=/a/folder/of/yours")
+
+
+def batches(case: Case) -> Iterator[Finding]:
+    """Files and batches are kept in a folder, where there is one."""
+    if (path := case.config.batches.path) is not None:
+        yield _try_writing(Path(path), check="batches", todo="correct batches.path in the config")
 
 
 def memory(case: Case) -> Iterator[Finding]:
@@ -126,6 +121,15 @@ def available_gib(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/s
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         left.append(int(most) - int((cgroup / "memory.current").read_text()))
     return min(left) / 2**30 if left else None
+
+
+def _try_writing(folder: Path, *, check: str, todo: str) -> Finding:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Finding(check=check, message=f"{folder} can be written")
+    except OSError as exc:
+        return Finding(check=check, status="fail", message=f"{folder} cannot be written: {exc.strerror}", todo=todo)
 
 
 def _need_gib(spec: EngineSpec) -> float:

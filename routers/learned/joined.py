@@ -51,13 +51,12 @@ async def join(
     """
     if expert_id in fitted.expert_ids:
         raise ConfigError(f"The router has an expert '{expert_id}' already.")
-    if card is None and questions is None:
-        raise ConfigError(f"Expert '{expert_id}' joins by a card or by graded questions; there is neither.")
     base = fitted.model.model if isinstance(fitted.model, Joined) else fitted.model
     row = None if card is None else await _by_card(base, card, fitted, encoder)
     if questions is not None and scores_Q is not None:
         row = from_grades(base.predict(questions), scores_Q, row)
-    assert row is not None  # noqa: S101  # by one or the other
+    if row is None:
+        raise ConfigError(f"Expert '{expert_id}' joins by a card or by graded questions; there is neither.")
     return replace(fitted, model=_with(fitted.model, row), expert_ids=(*fitted.expert_ids, expert_id))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -84,6 +85,14 @@ def test_the_policy_stands_beside_what_it_has_to_beat(run, tmp_path):
     line = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[2])
     assert line["right"] == "4"
     assert line["experts"]["four"] == {"answer": "4", "score": 1.0, "error": None}
+
+
+def test_without_matplotlib_there_is_a_report_and_no_picture(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run().exit_code == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"report.json", "report.md"}
+    assert not (tmp_path / "out" / "accuracy.png").exists()
 
 
 def test_run_again_it_asks_nothing_twice(run, tmp_path):

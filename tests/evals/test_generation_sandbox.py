@@ -7,6 +7,7 @@ import pytest
 
 from evals.generation import sandbox
 from evals.generation.sandbox import passes
+from experts.errors import ConfigError
 
 
 async def test_what_runs_to_its_end_passes():
@@ -42,6 +43,27 @@ async def test_memory_and_files_are_limited(tmp_path):
 
 async def test_no_process_outlives_it():
     assert not await passes("import os\nif os.fork() == 0:\n    import time; time.sleep(60)")
+
+
+async def test_it_writes_to_its_own_folder_and_nowhere_else(tmp_path):
+    tmp_path.chmod(0o777)
+    assert await passes("open('own', 'w').write('a'); assert open('own').read() == 'a'")
+    assert not await passes(f"open({str(tmp_path / 'left')!r}, 'w')")
+    assert not await passes("for i in range(8): open(str(i), 'wb').write(b'a' * 2**20)")
+    assert not list(tmp_path.iterdir())
+
+
+async def test_it_signals_nobody():
+    found = "import os\ntry: os.kill({}, 0)\nexcept ProcessLookupError: pass\nelse: raise ValueError"
+    assert await passes(found.format(-1))
+    assert await passes(found.format(os.getpid()))
+
+
+async def test_nothing_runs_where_it_cannot_be_walled_in(monkeypatch, tmp_path):
+    assert not await passes(f"import os; os._exit({sandbox._NO_WALL})")
+    monkeypatch.setattr(sandbox, "_JAIL", sandbox._JAIL.replace("0x68020000", "0x7fffffff"))
+    with pytest.raises(ConfigError, match="namespaces"):
+        await passes("")
 
 
 async def test_there_is_no_network_and_no_environment(monkeypatch):

@@ -184,3 +184,11 @@ def test_the_command_ranks_the_experts_of_a_config(pool: Path, tmp_path: Path) -
     assert "says-A:" in done.output
     refused = CliRunner().invoke(app, [*command, "--experts", "nobody"])
     assert (refused.exit_code, "No expert ['nobody']" in refused.output) == (1, True)
+    broken_config = {
+        **config,
+        "engines": {e: {"backend": "fake", "options": {"fail": ["refuse"]}} for e in config["engines"]},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(broken_config))
+    failed = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "none"), "--questions", "4"])
+    assert (failed.exit_code, "Every call failed" in failed.output) == (1, True)
+    assert not (tmp_path / "none").exists()

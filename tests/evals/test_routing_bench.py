@@ -127,7 +127,7 @@ async def test_a_vote_elects_the_answer_that_most_give(make_pool, cache):
 async def test_votes_need_parsed_answers(make_pool, cache):
     setting = await setting_of(make_pool(questions=40), cache)
     setting.records.answers_QE[:] = -1
-    with pytest.raises(ConfigError, match="Pool .toy. has scores only: in responses"):
+    with pytest.raises(ConfigError, match=r"Pool .toy. has scores only: in responses"):
         await evaluate(setting, ["linear"], top_ks=[3], aggregator="vote")
     one = await evaluate(setting, ["linear"], top_ks=[1], aggregator="vote")
     assert "majority_vote" not in one.baselines

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experts.base import EngineExpert, collect, collect_choices, merge_params
+from experts.base import EngineExpert, collect, collect_choices, merge_params, well_formed
 from experts.errors import (
     BadRequest,
     BreakerOpen,
@@ -34,6 +34,28 @@ def piece(text: str = "", **fields: Any) -> Chunk:
 
 
 END = piece(finish_reason="stop")
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("Où ? \U0001f600", "Où ? \U0001f600"),
+        ("\ud83d", "\ufffd"),
+        ("a\ud83db\ude00", "a\ufffdb\ufffd"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\ufeff\ud83d", "\ufeff\ufffd"),
+    ],
+)
+def test_half_a_surrogate_pair_is_replaced(text: str, mended: str) -> None:
+    assert well_formed(text) == mended
+
+
+async def test_a_character_that_came_in_two_halves_is_whole() -> None:
+    answer = await collect(streamed(piece("It is \ud83d"), piece("\ude00."), END), REQUEST)
+    assert answer.text == "It is \U0001f600."
 
 
 # Types

@@ -167,3 +167,20 @@ async def test_the_key_comes_from_the_environment(serve, monkeypatch):
 def test_wrong_options_are_refused(options):
     with pytest.raises(ConfigError):
         HttpReward("judge", options)
+
+
+async def test_lone_surrogates_are_no_reason_to_fail(serve):
+    answers = [Completion(request_id="r", expert_id="a", text="Blood \ud800.")]
+    seen = []
+
+    async def handle(request):
+        seen.append(await request.json())
+        return web.json_response({"scores": [1]})
+
+    assert await score(await serve(handle), answers, api="plain") == [1]
+    assert seen[0]["answers"] == ["Blood ?."]
+
+
+async def test_a_prompt_that_looks_like_the_template_is_not_filled_in():
+    reward = HttpReward("judge", {"base_url": "http://localhost", "api": "classify"})
+    assert reward._body("what of {answer}?", ["this"])["input"] == ["what of {answer}?\nthis"]

@@ -6,7 +6,7 @@ import pytest
 
 from experts.errors import BadRequest, ConfigError
 from experts.models import resolve
-from experts.reward_vllm import VllmLikelihood, VllmReward, log_likelihood
+from experts.reward_vllm import VllmLikelihood, VllmReward, _texts, log_likelihood
 from experts.types import Completion, Message, Request
 from experts.vllm import VllmEngine
 
@@ -24,6 +24,10 @@ async def test_nothing_is_started_for_nothing() -> None:
         await reward.score(ASKED, answers(*"x" * 65))
     await reward.aclose()
     assert await VllmLikelihood("nowhere", {}).score(ASKED, []) == []
+
+
+def test_lone_surrogates_do_not_reach_the_tokenizer() -> None:
+    assert _texts(answers("Paris \ud800"), "any") == ["Paris ?"]
 
 
 @pytest.mark.parametrize("options", [{"label": "0"}, {"label": -1}, {"template": 3}])

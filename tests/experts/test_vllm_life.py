@@ -5,6 +5,7 @@ import gc
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,21 @@ async def test_cancelling_the_caller_ends_the_generation(vllm_engine: VllmEngine
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await drained(vllm_engine)
+
+
+async def test_a_seed_survives_a_prompt_that_is_read_in_pieces() -> None:
+    options = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**27}
+    options["enable_prefix_caching"] = False
+    engine = VllmEngine(EngineSpec(engine_id="pieces", backend="vllm", model="smollm2-135m-instruct", options=options))
+    await engine.load()
+    try:
+        request = chat(STORY * 12, max_tokens=8, temperature=1.0, seed=7)
+        first, again = await ask(engine, request), await ask(engine, request)
+        assert first.text == again.text
+        beside = await asyncio.gather(*(ask(engine, replace(request, request_id=f"r{i}")) for i in range(4)))
+        assert all(answer.text for answer in beside)
+    finally:
+        await engine.unload()
 
 
 async def test_load_again_changes_nothing(vllm_engine: VllmEngine) -> None:

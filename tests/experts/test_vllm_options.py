@@ -28,6 +28,7 @@ def test_what_the_user_says_beats_the_defaults() -> None:
 def test_a_gpu_keeps_vllms_own_defaults() -> None:
     options = read(cpu=False)
     assert "enforce_eager" not in options.arguments
+    assert "worker_cls" not in options.arguments
     assert "OMP_NUM_THREADS" not in options.environment
 
 

@@ -48,7 +48,8 @@ def test_mod_with_all_tokens_is_dense_and_its_predictor_is_causal() -> None:
     torch.testing.assert_close(layer(x)[0], x + (x @ layer.router[0])[:, None] * block(x))
     with torch.no_grad():
         layer.predictor.normal_()
-    assert torch.equal(layer(x, causal=True)[0][:5], layer(x[:5], causal=True)[0])
+    # nn.Linear itself may differ in the last bit with its number of rows.
+    torch.testing.assert_close(layer(x, causal=True)[0][:5], layer(x[:5], causal=True)[0])
 
 
 def test_heads_are_experts_and_equal_a_loop() -> None:

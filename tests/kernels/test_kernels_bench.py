@@ -1,11 +1,15 @@
 """The bench's own arithmetic: what a fair run is, and what a target means."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from evals.kernels.bench import OLMOE, least_s, routing_of, verdict
 from evals.kernels.chart import line_chart
-from evals.kernels.contenders import Shape
+from evals.kernels.ggml import find_libraries
+from evals.kernels.hosts import agreed, table
+from evals.kernels.shape import Shape
 from evals.kernels.timing import Roof, Times, drifted, interleave
 
 ROOF = Roof(int8=1e12, bf16=5e11, fp32=2e11, read=4e10)
@@ -64,3 +68,17 @@ def test_a_chart_has_a_line_for_each_series() -> None:
     svg = line_chart("t", "x", "y", {"a & b": [(1, 2), (4, 8)], "c": [(1, 1), (4, 3)]}, log=True)
     assert svg.count('fill="none"') == 2
     assert "a &amp; b" in svg
+
+
+def test_hosts_count_equal_texts_and_the_first_other_token() -> None:
+    assert [agreed(row, [1, 2, 3]) for row in ([1, 2, 3], [1, 9, 3], [4, 2, 3])] == [3, 1, 0]
+    dense = {"rows": [[1, 2], [3, 4]], "tokens_per_s": 2.0, "chosen": 4}
+    other = {"rows": [[1, 2], [3, 5]], "tokens_per_s": 4.0, "chosen": 3}
+    last = table({"dense": dense, "other": other}, 2).splitlines()[-1]
+    assert last == "| other | 1 of 2 | 1.5 of 2 | 75.0% | 4.0 |"
+
+
+def test_llama_cpp_takes_part_only_where_its_libraries_are(tmp_path: Path) -> None:
+    assert find_libraries(tmp_path) is None
+    (tmp_path / "libggml-cpu.so").touch()
+    assert find_libraries(tmp_path) == tmp_path

@@ -100,6 +100,7 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
 
     register()
     register()
+    assert get_quantization_config("collegium").precision == "native"
     config = get_quantization_config("collegium_int4")
     made = config.from_config({"quant_method": "collegium_int4", "group": 32, "routing": "top_p", "p": 0.5})
     assert (made.group, made.policy) == (32, RoutingPolicy(kind="top_p", p=0.5))

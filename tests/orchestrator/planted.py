@@ -1,10 +1,19 @@
-"""A recorded pool with known truths: experts that are right at a given rate and otherwise guess."""
+"""A recorded pool with known truths: experts that are right at a given rate and otherwise guess; and what is quickly
+fitted on it."""
 
+import asyncio
 import gzip
 from pathlib import Path
 
 import numpy as np
 import orjson
+
+from orchestrator.aggregators.reward_moe import artefact as rewards
+from orchestrator.aggregators.reward_moe.build import build_reward, read_material
+from orchestrator.aggregators.stacking import artefact as stacks
+from orchestrator.aggregators.stacking.build import Wish
+from orchestrator.aggregators.stacking.recorded import read_recorded, rows_of
+from routers.static import WordLlama
 
 RATES = {"ace": 0.85, "fair": 0.6, "poor": 0.35, "noise": 0.1}
 OPTIONS = 5
@@ -58,3 +67,22 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.GzipFile(path, "wb", mtime=0) as out:
         out.writelines(orjson.dumps(row) + b"\n" for row in rows)
+
+
+def fit_stack(folder: Path, rates: dict[str, float]) -> Path:
+    recorded = read_recorded(write_pool(folder / "pool", rates=rates))
+    stacks.save(stacks.fit(recorded, rows_of(recorded, ["train"]), Wish(with_prior=False)), folder / "stack")
+    return folder / "stack"
+
+
+def fit_reward(folder: Path) -> Path:
+    """Likes an answer that answers."""
+    rows: list[dict[str, object]] = [
+        {"prompt": f"How many are {n}?", "response_a": f"It has {n} legs.", "response_b": "Who?", "label": "a"}
+        for n in range(40)
+    ]
+    _write(folder / "preferences" / "counts.jsonl.gz", rows)
+    material = read_material([], [folder / "preferences"], seed=0)
+    fitted = asyncio.run(build_reward("single", material, WordLlama(), folder / "cache", seed=0))
+    rewards.save(fitted, folder / "reward")
+    return folder / "reward"

@@ -186,21 +186,37 @@ async def test_a_request_may_name_what_the_config_uses_and_what_is_free() -> Non
 
 
 class OneEncoder:
-    name, width = "one", 1
+    name, width, runtime = "one", 1, "none"
 
     async def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return np.ones((len(texts), 1), np.float32)
 
 
 def test_the_encoder_is_made_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[str, int]] = []
+    made: list[tuple[str, int, str]] = []
 
-    def make(model: str, cache_size: int) -> OneEncoder:
-        made.append((model, cache_size))
+    def make(model: str, cache_size: int, runtime: str) -> OneEncoder:
+        made.append((model, cache_size, runtime))
         return OneEncoder()
 
     monkeypatch.setattr(build, "make_encoder", make)
     service = build_service(config(encoder={"model": "m", "cache": 7}))
     assert made == []
     assert service.encoder() is service.encoder()
-    assert made == [("m", 7)]
+    assert made == [("m", 7, "auto")]
+
+
+@pytest.mark.parametrize(
+    ("residency", "told"),
+    [({"slots": 1, "sleep": 2}, True), ({"slots": 1}, None), ({"sleep": 2}, None)],
+)
+async def test_vllm_is_told_from_the_start_that_it_is_to_sleep(residency: dict[str, Any], told: bool | None) -> None:
+    made: list[EngineSpec] = []
+
+    def make(spec: EngineSpec) -> Engine:
+        made.append(spec)
+        return FakeEngine(EngineSpec(engine_id=spec.engine_id, backend="fake", model="fake"))
+
+    engines = {"v": {"backend": "vllm", "model": "m"}, "e": {"backend": "fake"}}
+    build_service(config(engines=engines, residency=residency), make=make)
+    assert [spec.options.get("enable_sleep_mode") for spec in made] == [told, None]

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from experts.errors import ConfigError
@@ -61,15 +64,35 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-COMMAND_LINES = [[name] for name in COMMANDS if name != "models"] + [["models", "list"], ["models", "prepare"]]
+def command_lines(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command and group, as deep as they go."""
+    yield path
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(None):
+            yield from command_lines(command.get_command(None, name), (*path, name))
+
+
+COMMAND_LINES = list(command_lines(get_command(app)))
 
 
 @pytest.mark.parametrize("command", COMMAND_LINES, ids=" ".join)
-def test_every_command_has_help_with_an_example(run: CliRunner, command: list[str]) -> None:
+def test_every_command_has_help_with_an_example(run: CliRunner, command: tuple[str, ...]) -> None:
     result = run.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
-    assert f"Example: collegium {' '.join(command)}" in " ".join(result.output.split())
+    text = " ".join(result.output.split())
+    assert f"Example: collegium {' '.join(command)}".strip() in text
     assert "--install-completion" not in result.output
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: object) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
+
+    monkeypatch.setattr("orchestrator.doctor.read_config", missing)
+    result = run.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "pip install 'collegium[train]'" in result.output
+    assert isinstance(run.invoke(app, ["--debug", "doctor"]).exception, ModuleNotFoundError)
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:

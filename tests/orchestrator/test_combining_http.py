@@ -18,6 +18,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "thinks": {"text": "<think>Is it 7? The answer is 7.</think>The answer is 8."},
     "long": {"text": "word " * 200_000},
     "nul": {"text": "\0\U0001f600 8 \u202e"},
+    "lone": {"text": "It has \ud83d 8 legs."},
     "writer": {"text": "Eight."},
     "broken": {"fail": ["refuse"]},
     "slow": {"ttft_s": 30},
@@ -44,6 +45,7 @@ PANELS = {
     "failing": ("broken", "seven", "a", "eight"),
     "alone": ("broken", "broken2", "empty"),
     "long": ("long", "nul", "a"),
+    "lone": ("lone", "a", "seven"),
 }
 
 
@@ -188,6 +190,15 @@ def test_a_deadline_is_one_error(served: Served) -> None:
     assert reply.status_code in (200, 504)
     if reply.status_code == 504:
         assert reply.json()["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("model", ["lone", "collegium/lone.vote", "collegium/lone.best_of"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_half_a_surrogate_pair_becomes_a_replacement_character(served: Served, model: str, stream: bool) -> None:
+    body = {"model": model, "messages": ASK, "stream": stream}
+    reply = served.http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200
+    assert "It has \ufffd 8 legs." in reply.text
 
 
 def test_a_combined_answer_streams_as_one_event_and_ends(served: Served) -> None:

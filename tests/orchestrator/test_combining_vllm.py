@@ -1,4 +1,5 @@
-"""Three real experts behind one request, over HTTP: SmolLM2 with three prompts, combined by vote and by fusing."""
+"""Three real experts behind one request, over HTTP: SmolLM2 with three prompts, combined by vote, by fusing, and by
+what was fitted."""
 
 import os
 import signal
@@ -10,8 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import yaml
+
+from tests.orchestrator.planted import fit_reward, fit_stack
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -20,7 +24,7 @@ ENGINE = {
     "model": "smollm2-135m-instruct",
     "options": {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**28},
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "engines": {"smollm2": ENGINE},
     "experts": {
         "plain": {"engine": "smollm2"},
@@ -44,7 +48,13 @@ FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     path = tmp_path_factory.mktemp("combining") / "collegium.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
+    stack = fit_stack(path.parent, {"plain": 0.8, "terse": 0.5, "teacher": 0.3})
+    fitted = {"stack": ("stack", stack, {"threshold": 1}), "best_of": ("best_of", fit_reward(path.parent), {})}
+    policies = {
+        name: {"router": "always", "aggregator": {"name": aggregator, "artefact": str(folder), "options": options}}
+        for name, (aggregator, folder, options) in fitted.items()
+    }
+    path.write_text(yaml.safe_dump({**CONFIG, "policies": {**CONFIG["policies"], **policies}}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "orchestrator.cli", "serve", "-c", str(path), "--port", str(port)]
@@ -101,3 +111,19 @@ def test_one_expert_fuses_three(http: httpx.Client) -> None:
 def test_a_general_expert_decides(http: httpx.Client) -> None:
     told = ask(http, model="collegium/judged")
     assert told["choices"][0]["message"]["content"] in ("Paris", "Rome")
+
+
+@pytest.mark.parametrize(("aggregator", "counts"), [("stack", "weight"), ("best_of", "score")])
+def test_what_was_fitted_combines_three(http: httpx.Client, aggregator: str, counts: str) -> None:
+    question: Any = {"role": "user", "content": "What is the capital of France?\nA. Rome\nB. Paris\nC. Madrid"}
+    wanted = {"top_k": 3, "aggregator": aggregator, "explain": True}
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", timeout=180, max_retries=0) as client:
+        reply = client.chat.completions.create(
+            model="collegium", messages=[question], max_tokens=48, temperature=0, extra_body={"collegium": wanted}
+        )
+    assert reply.choices[0].message.content
+    explained = reply.model_extra["collegium"]  # type: ignore[index]
+    assert explained["aggregator"] == aggregator
+    assert {a["expert_id"] for a in explained["trace"]["answers"]} == {"plain", "terse", "teacher"}
+    assert all(isinstance(a[counts], float) for a in explained["trace"]["answers"])
+    assert len(explained["calls"]) == 3

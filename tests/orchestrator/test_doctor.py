@@ -354,10 +354,32 @@ def test_the_encoder_in_use_is_named_with_what_runs_it() -> None:
     routed = {"policies": {"default": {"router": "centroid"}}}
     found = only(configuration.encoder(make_case(encoder={"model": "wordllama"}, **routed)))
     assert (found.status, found.message) == ("ok", "wordllama (256 wide) by numpy, in use")
-    assert "no router reads" in only(configuration.encoder(make_case(encoder={"model": "wordllama"}))).message
+    assert "no policy reads" in only(configuration.encoder(make_case(encoder={"model": "wordllama"}))).message
     absent = {"encoder": {"model": "/no/such/folder"}}
     assert only(configuration.encoder(make_case(**absent, **routed))).status == "fail"
     assert only(configuration.encoder(make_case(**absent))).status == "ok", "nobody needs it"
+
+
+@pytest.mark.parametrize(
+    ("policy", "needs"),
+    [
+        ({"aggregator": "best_of"}, True),
+        ({"aggregator": {"name": "vote", "options": {"extract": "embedding"}}}, True),
+        ({"aggregator": {"name": "best_of", "artefact": "reward"}}, False),
+        ({"aggregator": "vote"}, False),
+        ({"router": {"name": "prompts"}}, True),
+    ],
+)
+def test_aggregators_may_read_embeddings_too(policy: dict[str, object], needs: bool) -> None:
+    assert make_case(policies={"default": policy}).needs_encoder is needs
+
+
+def test_the_folder_of_batches_can_be_written(tmp_path: Path) -> None:
+    assert list(installation.batches(make_case())) == [], "batches are closed"
+    assert only(installation.batches(make_case(batches={"path": str(tmp_path / "batches")}))).status == "ok"
+    (tmp_path / "file").write_text("")
+    ill = only(installation.batches(make_case(batches={"path": str(tmp_path / "file" / "batches")})))
+    assert (ill.status, "cannot be written" in ill.message) == ("fail", True)
 
 
 def test_a_static_encoder_does_without_sentence_transformers(installed: Callable[[set[str]], None]) -> None:

@@ -2,6 +2,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from experts.base import Engine
 from experts.errors import ConfigError, ExpertFailed, Unavailable
 from experts.fake import FakeEngine
-from experts.types import EngineSpec, Request
+from experts.types import Completion, EngineSpec, Request
 from orchestrator.app import create_app
 from orchestrator.build import Service, build_service
 from orchestrator.config import Config, parse_config
@@ -386,6 +387,39 @@ async def test_a_retired_services_experts_are_closed() -> None:
     await host.reload(config(a={}, b={}))
     await settle()
     assert closed == ["A"]
+
+
+@pytest.mark.parametrize("way", ["close", "reload"])
+async def test_a_retired_services_rewards_are_closed(tmp_path: Path, way: str) -> None:
+    about = {"version": 1, "kind": "http", "model": "judge", "options": {"base_url": "http://127.0.0.1:9"}}
+    (tmp_path / "reward.json").write_text(json.dumps(about))
+    judged = {"aggregator": {"name": "best_of", "artefact": str(tmp_path)}}
+    changed = config(a={}).model_dump(exclude_unset=True) | {"policies": {"default": {}, "judged": judged}}
+    host = Host(parse_config(changed), Street().build)
+    await host.start()
+    reward = host.service.policies.resolve("collegium/judged").aggregator._reward  # type: ignore[attr-defined]
+    with pytest.raises(ExpertFailed):
+        await reward.score(Request(prompt="?"), [Completion(request_id="r", expert_id="A", text="x")])
+    session = reward._session
+    assert not session.closed
+    await (host.close() if way == "close" else host.reload(config(a={})))
+    await settle()
+    assert session.closed
+    await host.close()
+
+
+async def test_an_aggregator_that_does_not_close_keeps_nobody_from_it(caplog: pytest.LogCaptureFixture) -> None:
+    street = Street()
+    host = Host(config(a={}), street.build)
+    await host.start()
+
+    async def close() -> None:
+        raise RuntimeError("stuck")
+
+    host.service.policies.aggregators[0].aclose = close  # type: ignore[attr-defined]
+    await host.close()
+    assert street.loaded() == []
+    assert "first did not end cleanly" in caplog.text
 
 
 async def test_a_request_whose_body_came_across_a_reload_is_answered_by_the_new_service() -> None:

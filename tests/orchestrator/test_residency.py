@@ -223,6 +223,22 @@ async def test_an_engine_that_can_sleep_does_instead_of_ending(can: bool, said: 
     assert engine.said == said
 
 
+async def test_an_engine_that_fails_to_fall_asleep_or_takes_too_long_ends() -> None:
+    class Restless(Sleepy):
+        async def sleep(self, level: int) -> bool:
+            if level == 1:
+                raise RuntimeError("as scripted")
+            return await asyncio.Event().wait()
+
+    for level in (1, 2):
+        engine = Restless(can=True)
+        loader = Loader(Loading(sleep_level=level, timeout_s=0.05), lambda: None)
+        for _ in range(2):
+            await loader.load(engine)
+            await loader.unload(engine)
+        assert engine.said == ["load", "unload"] * 2, "and is loaded, not woken"
+
+
 async def test_what_a_load_takes_is_measured_where_it_is_alone() -> None:
     used = iter([0, 3 * GIB, 3 * GIB, 3 * GIB, 5 * GIB, 5 * GIB])
     loader = Loader(Loading(), lambda: next(used))
@@ -296,7 +312,8 @@ async def test_a_reload_shares_the_slots_and_ends_what_no_service_has_any_more()
     run = Run(request=Request(prompt="?"), policy=host.service.policies.resolve("B"))
     assert (await host.service.orchestrator.complete(run))[0].text == "new"
     assert [engine.loaded for engine in made] == [False, False, True]
-    with pytest.raises(ConfigError, match="by a restart only"):
-        await host.reload(parse_config({**changed, "residency": {}}))
+    for other in ({}, {"slots": 1, "sleep": 2}):
+        with pytest.raises(ConfigError, match="by a restart only"):
+            await host.reload(parse_config({**changed, "residency": other}))
     await host.close()
     assert not any(engine.loaded for engine in made)

@@ -41,6 +41,14 @@ async def test_two_engines_take_turns_and_give_their_memory_back() -> None:
         await dispatcher.residency.drop(engine)
     gc.collect()
     after = used_bytes() or 0
-    print([round((n - before) / 2**20) for n in loaded], round((after - before) / 2**20), "MiB")
+    load_s = {e: round(s.load_s, 1) for e, s in dispatcher.snapshot().items()}
+    print(
+        load_s,
+        "s;",
+        round(before / 2**20),
+        [round((n - before) / 2**20) for n in loaded],
+        round((after - before) / 2**20),
+        "MiB",
+    )
     assert loaded[2] < loaded[0] + 2**29, "what was taken came back before the next load"
     assert loaded[2] - after > 2**29

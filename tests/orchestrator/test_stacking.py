@@ -111,6 +111,8 @@ def test_the_gradient_is_the_losss_slope() -> None:
 
 
 def test_the_priors_gradient_is_its_losss_slope() -> None:
+    from scipy.sparse import csr_array
+
     from orchestrator.aggregators.stacking.prior import _loss
 
     rng = np.random.default_rng(2)
@@ -118,14 +120,15 @@ def test_the_priors_gradient_is_its_losss_slope() -> None:
     is_open[0, 2] = False
     inputs = rng.normal(size=(int(is_open.sum()), 4)).astype(np.float32)
     target = np.arange(3) == np.zeros(6, np.int64)[:, None]
-    weights = [rng.normal(size=s) for s in ((4, 5), (5,), (5,))]
-    _, gradients = _loss(weights, inputs, is_open, target)
+    grams = csr_array(rng.random((len(inputs), 7)).astype(np.float32))
+    weights, read = [rng.normal(size=s) for s in ((4, 5), (5,), (5,), (7,))], (inputs, grams, grams.T.tocsr())
+    _, gradients = _loss(weights, read, is_open, target)
     for place, weight in enumerate(weights):
         index = (0,) * weight.ndim
         shifted = [[w.copy() for w in weights] for _ in range(2)]
         shifted[0][place][index] -= 1e-2
         shifted[1][place][index] += 1e-2
-        below, above = (_loss(w, inputs, is_open, target)[0] for w in shifted)
+        below, above = (_loss(w, read, is_open, target)[0] for w in shifted)
         assert (above - below) / 2e-2 == pytest.approx(gradients[place][index], rel=0.02, abs=0.02)
 
 
@@ -146,7 +149,7 @@ def test_the_order_of_experts_does_not_matter(order: list[int], votes: list[int]
 
 def test_an_expert_not_heard_counts_for_nothing(fitted: artefact.Fitted, planted: Recorded) -> None:
     rows = rows_of(planted, ["test"])
-    asked = fitted.stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows])
+    asked = fitted.stack.prepare(planted.ballots.take(rows), planted.options.take(rows))
     other = replace(asked, votes_QE=asked.votes_QE.copy())
     other.votes_QE[:, 3] = 0
     posterior = [fitted.stack.logit.posterior(hear(b, [0, 1])) for b in (asked, other)]
@@ -156,7 +159,7 @@ def test_an_expert_not_heard_counts_for_nothing(fitted: artefact.Fitted, planted
 def test_the_best_expert_is_asked_first_and_beaten(fitted: artefact.Fitted, planted: Recorded) -> None:
     assert fitted.expert_ids[fitted.stack.order[0]] == "ace"
     rows = rows_of(planted, ["test"])
-    chosen, _ = decide(fitted.stack.logit, fitted.stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows]))
+    chosen, _ = decide(fitted.stack.logit, fitted.stack.prepare(planted.ballots.take(rows), planted.options.take(rows)))
     best = planted.records.scores_QE[rows].mean(axis=0).max()
     assert (chosen == planted.gold_Q[rows]).mean() >= best - 0.02
     assert list(RATES)[fitted.stack.logit.worth_E.argmin()] == "noise"
@@ -167,7 +170,8 @@ def test_calls_grow_with_the_threshold_and_keep_to_the_budget(fitted: artefact.F
     assert (np.diff(curve[:, 1]) >= 0).all()
     for calls in (1.0, 1.5, 2.0, 3.0):
         threshold = threshold_for(curve, calls)
-        assert curve[curve[:, 0] == threshold, 1] <= calls
+        (row,) = curve[curve[:, 0] == threshold]
+        assert row[1] + 1.645 * row[3] / 1000**0.5 <= calls, "95 % of all thousands of questions to come keep to it"
     assert fitted.stack.threshold == threshold_for(curve, 2.0)
     with pytest.raises(ConfigError, match="at least one call"):
         threshold_for(curve, 0.5)
@@ -187,30 +191,30 @@ def test_a_prior_is_never_that_of_a_network_which_saw_the_question(
     """Each question's own traits are marked; a network that was fitted on it would recognise the mark."""
     from orchestrator.aggregators.stacking import build
 
-    traits = planted.traits_QOT.copy()
+    traits = planted.options.traits_QOT.copy()
     traits[:, :, 0] = np.arange(len(traits))[:, None]
     seen: list[set[int]] = []
 
     class Spy(Prior):
         @classmethod
-        def fit(cls, traits_QOT, open_QO, right_Q, seed):  # type: ignore[no-untyped-def]
-            seen.append(set(traits_QOT[:, 0, 0].astype(int).tolist()))
-            fitted = Prior.fit(traits_QOT, open_QO, right_Q, seed)
+        def fit(cls, options, open_QO, right_Q, seed):  # type: ignore[no-untyped-def]
+            seen.append(set(options.traits_QOT[:, 0, 0].astype(int).tolist()))
+            fitted = Prior.fit(options, open_QO, right_Q, seed)
             spy = Spy(**{name: getattr(fitted, name) for name in Prior.__dataclass_fields__})
             object.__setattr__(spy, "own", seen[-1])
             return spy
 
-        def predict(self, traits_QOT, open_QO):  # type: ignore[no-untyped-def]
-            asked = set(traits_QOT[:, 0, 0].astype(int).tolist())
+        def predict(self, options, open_QO):  # type: ignore[no-untyped-def]
+            asked = set(options.traits_QOT[:, 0, 0].astype(int).tolist())
             assert not asked & seen[len(predicted)], "predicted for a question that it was fitted on"
             predicted.append(len(asked))
-            return Prior.predict(self, traits_QOT, open_QO)
+            return Prior.predict(self, options, open_QO)
 
     predicted: list[int] = []
     monkeypatch.setattr(build, "Prior", Spy)
     monkeypatch.setattr("orchestrator.aggregators.stacking.prior._STEPS", 2)
     rows = rows_of(planted, ["train"])
-    fit_stack(replace(planted, traits_QOT=traits), rows, Wish())
+    fit_stack(replace(planted, options=replace(planted.options, traits_QOT=traits)), rows, Wish())
     assert sum(predicted) == len(rows)
     assert len(seen) == build.FOLDS + 1
 
@@ -221,7 +225,7 @@ def test_it_comes_back_from_disk_the_same(fitted: artefact.Fitted, planted: Reco
     rows = rows_of(planted, ["test"])
 
     def posterior(stack: Stack) -> np.ndarray:
-        return stack.logit.posterior(stack.prepare(planted.ballots.take(rows), planted.traits_QOT[rows]))
+        return stack.logit.posterior(stack.prepare(planted.ballots.take(rows), planted.options.take(rows)))
 
     assert np.array_equal(posterior(again.stack), posterior(fitted.stack))
     assert (again.expert_ids, again.stack.order, again.tasks) == (fitted.expert_ids, fitted.stack.order, fitted.tasks)
@@ -247,7 +251,7 @@ def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, 
         body = (tmp_path / artefact.BODY).read_bytes()
         (tmp_path / artefact.BODY).write_bytes(body[: len(body) // 2])
     if damage == "version":
-        head = (tmp_path / artefact.HEAD).read_text().replace('"version": 1', '"version": 99')
+        head = (tmp_path / artefact.HEAD).read_text().replace(f'"version": {artefact.VERSION}', '"version": 99')
         (tmp_path / artefact.HEAD).write_text(head)
     with pytest.raises(ConfigError, match="collegium build stack"):
         artefact.load(tmp_path)

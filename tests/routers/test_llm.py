@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.base import EngineExpert
-from experts.errors import BadRequest, ConfigError
+from experts.errors import BadRequest, ConfigError, ContextLengthExceeded
 from experts.fake import FakeEngine
 from experts.types import Chunk, Completion, EngineSpec, ExpertSpec, Message, Request
 from routers.base import RouterParts
@@ -223,6 +223,24 @@ def test_numbers_and_texts_stand_beside_each_other():
 async def test_rows_of_another_form_are_the_callers_fault(rows):
     with pytest.raises(BadRequest, match=r"metadata\.rows"):
         await one(made(Scripted(CHOOSES_LAW)), ask(rows=rows))
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        ContextLengthExceeded(prompt_tokens=900, context_length=512, expert_id="router"),
+        BadRequest("Expert 'router' refused the request: response_format is not supported"),
+    ],
+)
+async def test_a_prompt_that_the_expert_refuses_is_not_the_callers_fault(refusal):
+    class Refusing(Scripted):
+        async def generate(self, request):
+            raise refusal
+            yield
+
+    decision = await one(made(Refusing(), fallback_options={"expert": "chat"}))
+    assert decision.expert_ids == ("chat",)
+    assert refusal.message in decision.reason
 
 
 async def test_rows_reach_the_model():

@@ -1,11 +1,12 @@
 """vLLM's view of our experts: a quantisation config, and the method it gives to each layer of experts.
 
-Experts are quantised while the checkpoint loads; everything else in the model stays as it is.
+Experts are packed, and quantised where the method says so, while the checkpoint loads; everything else in the model
+stays as it is.
 Legend: T tokens, E experts.
 """
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from collegium_kernels.backends import Precision
 from collegium_kernels.moe import FusedMoE
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
@@ -27,7 +29,7 @@ class CollegiumConfig(QuantizationConfig):
     (``quantization_config_dict_json``): group, routing (top_k or top_p) and p."""
 
     method: ClassVar[str]
-    precision: ClassVar[Literal["int8", "int4"]]
+    precision: ClassVar[Precision]
 
     def __init__(self, *, group: int = 128, policy: RoutingPolicy | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,6 +67,12 @@ class CollegiumConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             return CollegiumMoEMethod(layer.moe_config, self)
         return None
+
+
+class NativeConfig(CollegiumConfig):
+    """Nothing is quantised: our dispatch, and with it ragged routing, over the checkpoint's weights."""
+
+    method, precision = "collegium", "native"
 
 
 class Int8Config(CollegiumConfig):
@@ -110,7 +118,7 @@ class CollegiumMoEMethod(FusedMoEMethodBase):
             set_weight_attrs(parameter, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Quantise and pack; the loaded weights are given back."""
+        """Quantise and pack; the layer gives up the loaded weights."""
         precision, group = self._config.precision, self._config.group
         self._experts = FusedMoE(layer.w13_weight.data, layer.w2_weight.data, precision=precision, group=group)
         for parameter in (layer.w13_weight, layer.w2_weight):

@@ -15,6 +15,7 @@ import orjson
 
 from experts.errors import ConfigError
 from orchestrator.aggregators.stacking.build import Stack, Wish, fit_stack
+from orchestrator.aggregators.stacking.grams import COLUMNS
 from orchestrator.aggregators.stacking.model import Logit
 from orchestrator.aggregators.stacking.options import TRAITS
 from orchestrator.aggregators.stacking.prior import Prior
@@ -22,7 +23,7 @@ from orchestrator.aggregators.stacking.recorded import Recorded, usable
 from orchestrator.aggregators.stacking.words import WORDS
 from routers.records import Array
 
-VERSION = 1
+VERSION = 2
 HEAD, BODY = "stack.json", "stack.safetensors"
 _AGAIN = "collegium build stack --pool DIR --out DIR"
 
@@ -133,6 +134,8 @@ def _check(fitted: Fitted) -> None:
         "word_mean_EW": (fitted.stack.word_mean_EW.shape, (experts, len(WORDS))),
         "shape": (logit.shape.shape, (5,)),
     }
+    if (prior := fitted.stack.prior) is not None:
+        shapes["grams_MN"] = (prior.grams_MN.shape, (len(prior.outer_MH), COLUMNS))
     for name, (found, due) in shapes.items():
         if found != due:
             raise ValueError(f"{name} is {found}, expected {due}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from experts.errors import ConfigError
 from orchestrator.aggregators.stacking.fitting import fit_logit
+from orchestrator.aggregators.stacking.grams import Options
 from orchestrator.aggregators.stacking.model import Ballots, Logit, said_by_any
 from orchestrator.aggregators.stacking.prior import NEVER, Prior
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
@@ -21,6 +22,8 @@ FOLDS = 4
 _LONGEST = 8
 """Experts in the order. Further ones were not worth their call on any pool here."""
 _PANELS = 2
+_SURE, _NEXT = 1.645, 1000
+"""A threshold keeps its budget with a probability of 95 % over the mean of that many questions to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,8 @@ class Wish:
 class Stack:
     """``order`` are columns of experts; ``word_mean_EW`` and ``word_scale_W`` bring words to one scale.
 
-    ``curve_XN`` has one row a threshold: threshold, mean calls, accuracy, on questions held out."""
+    ``curve_XN`` has one row a threshold: threshold, mean calls, accuracy, and the calls' standard deviation, on
+    questions held out."""
 
     logit: Logit
     prior: Prior | None
@@ -47,22 +51,22 @@ class Stack:
     threshold: float
     curve_XN: Array
 
-    def prepare(self, ballots: Ballots, traits_QOT: Array) -> Ballots:
+    def prepare(self, ballots: Ballots, options: Options) -> Ballots:
         """``ballots`` with this stack's prior and words on its scale."""
         words = (ballots.words_QEW - self.word_mean_EW) / self.word_scale_W
         return replace(
             ballots,
             words_QEW=np.clip(words, -3, 3),
-            prior_QO=prior_of(self.prior, ballots, traits_QOT),
+            prior_QO=prior_of(self.prior, ballots, options),
         )
 
 
-def prior_of(prior: Prior | None, ballots: Ballots, traits_QOT: Array) -> Array:
+def prior_of(prior: Prior | None, ballots: Ballots, options: Options) -> Array:
     """Zero for an open question, whose options are what was answered."""
     result = np.zeros(ballots.open_QO.shape, np.float32)
     if prior is not None and ballots.listed_Q.any():
         listed = ballots.listed_Q
-        result[listed] = prior.predict(traits_QOT[listed], ballots.open_QO[listed])
+        result[listed] = prior.predict(options.take(np.flatnonzero(listed)), ballots.open_QO[listed])
     return np.maximum(result, NEVER)
 
 
@@ -129,18 +133,18 @@ Folds = list[tuple[Array, Array]]
 def fit_priors(recorded: Recorded, rows: Array, wish: Wish) -> Priors:
     """On the questions of ``rows`` whose right answer is known."""
     rows = usable(recorded, rows)
-    ballots, gold, traits = recorded.ballots.take(rows), recorded.gold_Q[rows], recorded.traits_QOT[rows]
+    ballots, gold, options = recorded.ballots.take(rows), recorded.gold_Q[rows], recorded.options.take(rows)
     listed, held = ballots.listed_Q, np.zeros(ballots.open_QO.shape, np.float32)
     if not wish.with_prior or not listed.any():
         return Priors(later=None, held_QO=held)
 
     def fit(part: Array) -> Prior:
         part = part[listed[part]]
-        return Prior.fit(traits[part], ballots.open_QO[part], gold[part], wish.seed)
+        return Prior.fit(options.take(part), ballots.open_QO[part], gold[part], wish.seed)
 
     for kept, out in split_folds(len(rows), wish.seed, FOLDS):
         if listed[kept].any():
-            held[out] = prior_of(fit(kept), ballots.take(out), traits[out])
+            held[out] = prior_of(fit(kept), ballots.take(out), options.take(out))
     return Priors(later=fit(np.arange(len(gold))), held_QO=held)
 
 
@@ -225,13 +229,14 @@ def stopping_curve(sure_QK: Array, right_QK: Array) -> Array:
     curve = []
     for threshold in np.round(np.arange(0.0, 1.001, 0.01), 2):
         places = stops(sure_QK, float(threshold))
-        curve.append([threshold, (places + 1).mean(), right_QK[rows, places].mean()])
+        curve.append([threshold, (places + 1).mean(), right_QK[rows, places].mean(), places.std()])
     return np.array(curve)
 
 
 def threshold_for(curve_XN: Array, calls: float) -> float:
-    """Of the thresholds that keep to ``calls`` on average, held out, the most accurate; the lowest of equals."""
-    kept = curve_XN[curve_XN[:, 1] <= calls]
+    """Of the thresholds that keep to ``calls`` on average, held out and with a margin for the chance of who asks next,
+    the most accurate; the lowest of equals."""
+    kept = curve_XN[curve_XN[:, 1] + _SURE * _NEXT**-0.5 * curve_XN[:, 3] <= calls]
     if not len(kept):
         raise ConfigError(f"A question costs at least one call; a mean of {calls:g} is impossible.")
     return float(kept[kept[:, 2].argmax(), 0])

@@ -1,19 +1,22 @@
 """The options' prior: how often options that stand out so were the right one, by a small network.
 
-One hidden layer, softmax over the options of a question, fitted by L-BFGS with weight decay; two starting points are
-averaged. Legend: Q questions, O options, T traits, H hidden units, M members, R options of all questions in a row.
+One hidden layer over the traits and a weight for each gram of the wording, softmax over the options of a question,
+fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q questions, O options, T traits,
+H hidden units, M members, N columns of grams, R options of all questions in a row.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
+from orchestrator.aggregators.stacking.grams import COLUMNS, Grams, Options
 from routers.learned.minimise import minimise
 from routers.records import Array
 
 _HIDDEN, _MEMBERS, _STEPS = 16, 2, 80
-_DECAY = 4.0
+_DECAY, _GRAM_DECAY = 4.0, 2.0
+"""Of the network, and of the grams: chosen by cross-validation on train and val."""
 NEVER = -14.0
 """Logarithm of the probability of an option that there is not."""
 
@@ -27,25 +30,31 @@ class Prior:
     inner_MTH: Array
     bias_MH: Array
     outer_MH: Array
+    grams_MN: Array
 
     @classmethod
-    def fit(cls, traits_QOT: Array, open_QO: Array, right_Q: Array, seed: int) -> Self:
+    def fit(cls, options: Options, open_QO: Array, right_Q: Array, seed: int) -> Self:
         """``open_QO`` says which options there are, ``right_Q`` which of them is right."""
-        rows_RT = traits_QOT[open_QO]
+        rows_RT = options.traits_QOT[open_QO]
         mean, scale = rows_RT.mean(axis=0), rows_RT.std(axis=0) + 1e-3
         inputs_RT, rng = ((rows_RT - mean) / scale).astype(np.float32), np.random.default_rng(seed)
-        members = [_fit_one(inputs_RT, open_QO, right_Q, rng) for _ in range(_MEMBERS)]
-        inner, bias, outer = (np.stack(part).astype(np.float32) for part in zip(*members, strict=True))
-        return cls(mean_T=mean, scale_T=scale, inner_MTH=inner, bias_MH=bias, outer_MH=outer)
+        grams_RN = _matrix(options.grams.where(open_QO.ravel()))
+        members = [_fit_one(inputs_RT, grams_RN, open_QO, right_Q, rng) for _ in range(_MEMBERS)]
+        inner, bias, outer, grams = (np.stack(part).astype(np.float32) for part in zip(*members, strict=True))
+        return cls(mean_T=mean, scale_T=scale, inner_MTH=inner, bias_MH=bias, outer_MH=outer, grams_MN=grams)
 
-    def predict(self, traits_QOT: Array, open_QO: Array) -> Array:
+    def predict(self, options: Options, open_QO: Array) -> Array:
         """Logarithms of probabilities, (Q, O); NEVER where there is no option."""
-        inputs_RT = (traits_QOT[open_QO] - self.mean_T) / self.scale_T
+        inputs_RT = (options.traits_QOT[open_QO] - self.mean_T) / self.scale_T
+        grams = options.grams.where(open_QO.ravel())
         chances = np.zeros(open_QO.shape)
-        for inner, bias, outer in zip(self.inner_MTH, self.bias_MH, self.outer_MH, strict=True):
-            chances += softmax(_spread(np.tanh(inputs_RT @ inner + bias) @ outer, open_QO))
+        for inner, bias, outer, weights in zip(*self._members(), strict=True):
+            chances += softmax(_spread(np.tanh(inputs_RT @ inner + bias) @ outer + grams.weigh(weights), open_QO))
         result: Array = np.where(open_QO, np.log(np.maximum(chances / len(self.outer_MH), 1e-6)), NEVER)
         return result.astype(np.float32)
+
+    def _members(self) -> tuple[Array, ...]:
+        return self.inner_MTH, self.bias_MH, self.outer_MH, self.grams_MN
 
 
 def softmax(logits_QO: Array) -> Array:
@@ -61,24 +70,40 @@ def _spread(values_R: Array, open_QO: Array) -> Array:
     return spread
 
 
-def _fit_one(inputs_RT: Array, open_QO: Array, right_Q: Array, rng: np.random.Generator) -> list[Array]:
+def _matrix(grams: Grams) -> Any:
+    """(R, N), sparse."""
+    from scipy.sparse import csr_array
+
+    ends = np.concatenate([[0], np.cumsum(grams.counts_C)])
+    return csr_array((grams.values_G, grams.columns_G.astype(np.int32), ends), (len(grams.counts_C), COLUMNS))
+
+
+def _fit_one(inputs_RT: Array, grams_RN: Any, open_QO: Array, right_Q: Array, rng: np.random.Generator) -> list[Array]:
     width = inputs_RT.shape[1]
     start = [rng.normal(0, width**-0.5, (width, _HIDDEN)), np.zeros(_HIDDEN), rng.normal(0, 0.1, _HIDDEN)]
+    start.append(np.zeros(grams_RN.shape[1]))
+    across_NR = grams_RN.T.tocsr()
     target_QO = np.arange(open_QO.shape[1]) == right_Q[:, None]
-    return minimise(start, lambda w: _loss(w, inputs_RT, open_QO, target_QO), steps=_STEPS)
+    return minimise(start, lambda w: _loss(w, (inputs_RT, grams_RN, across_NR), open_QO, target_QO), steps=_STEPS)
 
 
-def _loss(weights: list[Array], inputs_RT: Array, open_QO: Array, target_QO: Array) -> tuple[float, list[Array]]:
-    inner, bias, outer = (w.astype(np.float32) for w in weights)
+def _loss(
+    weights: list[Array], inputs: tuple[Array, Any, Any], open_QO: Array, target_QO: Array
+) -> tuple[float, list[Array]]:
+    """``inputs``: the traits, the grams, and these turned."""
+    inputs_RT, grams_RN, across_NR = inputs
+    inner, bias, outer, grams = (w.astype(np.float32) for w in weights)
     hidden_RH = np.tanh(inputs_RT @ inner + bias)
-    chances_QO = softmax(_spread(hidden_RH @ outer, open_QO))
+    chances_QO = softmax(_spread(hidden_RH @ outer + grams_RN @ grams, open_QO))
     loss = -np.log(np.maximum(chances_QO[target_QO], 1e-12)).sum()
     loss += _DECAY / 2 * sum(float((w**2).sum()) for w in (weights[0], weights[2]))
+    loss += _GRAM_DECAY / 2 * float((weights[3] ** 2).sum())
     error_R = (chances_QO - target_QO)[open_QO].astype(np.float32)
     back_RH = error_R[:, None] * outer * (1 - hidden_RH**2)
     gradients = [
         inputs_RT.T @ back_RH + _DECAY * weights[0],
         back_RH.sum(axis=0),
         hidden_RH.T @ error_R + _DECAY * weights[2],
+        across_NR @ error_R + _GRAM_DECAY * weights[3],
     ]
     return float(loss), gradients

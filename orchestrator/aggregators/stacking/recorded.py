@@ -5,7 +5,7 @@ Legend: Q questions, E experts, O options, T traits, W words.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
@@ -15,12 +15,13 @@ import numpy as np
 from experts.errors import ConfigError
 from experts.pools import RecordedPool, read_rows
 from orchestrator.aggregators.extract import value
+from orchestrator.aggregators.stacking.grams import Grams, Options
 from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
 from routers.records import Array, Records, read_records
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cached features; another one is read anew."""
 MAX_OPTIONS = 26
 
@@ -32,7 +33,7 @@ class Recorded:
 
     records: Records
     ballots: Ballots
-    traits_QOT: Array
+    options: Options
     gold_Q: Array
     tasks: tuple[str, ...]
 
@@ -70,7 +71,13 @@ def read_recorded(
         listed_Q=arrays["listed_Q"],
     )
     return Recorded(
-        records=records, ballots=ballots, traits_QOT=arrays["traits_QOT"], gold_Q=arrays["gold_Q"], tasks=tasks
+        records=records,
+        ballots=ballots,
+        options=Options(
+            traits_QOT=arrays["traits_QOT"], grams=Grams(**{f.name: arrays[f.name] for f in fields(Grams)})
+        ),
+        gold_Q=arrays["gold_Q"],
+        tasks=tasks,
     )
 
 
@@ -130,6 +137,7 @@ def _read(
         if options:
             traits[row, : len(options)] = option_traits(options, str(questions[row].get("question") or ""))
     gold = np.array([_gold(row, lists[i], votes[i], records.scores_QE[i], width) for i, row in enumerate(questions)])
+    grams = Grams.of(lists, width)
     return {
         "votes_QE": votes,
         "words_QEW": words,
@@ -137,6 +145,7 @@ def _read(
         "listed_Q": listed,
         "traits_QOT": traits,
         "gold_Q": gold,
+        **{f.name: getattr(grams, f.name) for f in fields(grams)},
     }
 
 

@@ -2,13 +2,16 @@
 
 import io
 import json
+import sqlite3
 
 import httpx
 import openai
 import pytest
 import yaml
 
+from experts.errors import BadRequest, ConfigError, NotFound, Unavailable
 from orchestrator.batches.manager import Manager
+from orchestrator.batches.register import Register
 from orchestrator.batches.store import Store
 from tests.orchestrator.batches.batch import line
 from tests.orchestrator.served import Served, fake_config, serving, wait_for
@@ -46,14 +49,14 @@ def begin(client, content=None, endpoint=CHAT, **more):
     return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **more)
 
 
-def ended(client, batch):
+def ended(client, batch, within_s=10.0):
     seen = [batch]
 
     def check():
         seen[0] = client.batches.retrieve(batch.id)
         return seen[0].status in ENDED
 
-    wait_for(check)
+    wait_for(check, within_s)
     return seen[0]
 
 
@@ -352,6 +355,96 @@ def test_a_reload_in_the_middle(tmp_path, monkeypatch):
         assert "says hello" in texts[0]
 
 
+def test_a_reload_that_takes_an_expert_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_ADMIN", "secret")
+    path, b = tmp_path / "collegium.yaml", {"backend": "fake", "options": {"ttft_s": 0.05, "load_s": 0.2}}
+    config = settings(tmp_path / "batches", {"security": {"admin_key_env": "KEY_ADMIN"}}, batches={"window": 1})
+    config["engines"]["b"], config["experts"]["two"] = b, {"engine": "b"}
+    config["policies"] = {"default": {"router": "round_robin"}}
+    path.write_text(yaml.safe_dump(config))
+    with serving(config, config_path=path) as served, served.client() as client:
+        batch = begin(client, lines(20))
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed > 10)
+        del config["engines"]["b"], config["experts"]["two"]
+        path.write_text(yaml.safe_dump(config))
+        reply = served.http.post("/admin/reload", headers={"authorization": "Bearer secret"})
+        assert reply.status_code == 200
+        done = ended(client, batch)
+        assert (done.status, done.request_counts.completed) == ("completed", 20)
+        assert rows(client, done.output_file_id)[-1]["response"]["body"]["model"] == "one"
+
+
+def test_an_engine_that_is_gone_at_the_next_start(tmp_path):
+    config = settings(tmp_path, batches={"window": 1}, ttft_s=0.05)
+    with serving(config) as served, served.client() as client:
+        batch = begin(client, lines(20))
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed > 2)
+    config["engines"] = {"b": {"backend": "fake"}}
+    config["experts"] = {"other": {"engine": "b"}}
+    with serving(config) as served, served.client() as client:
+        done = ended(client, batch)
+        assert (done.status, done.request_counts.total) == ("completed", 20)
+        failed = rows(client, done.error_file_id)
+        assert {row["error"]["code"] for row in failed} == {"expert_failed"}
+        assert "taken out of the config" in failed[0]["error"]["message"]
+
+
+def test_two_services_on_one_folder(tmp_path):
+    with serving(settings(tmp_path)) as served, served.client() as client:
+        (tmp_path / "files" / "under-way.part").touch()
+        with pytest.raises(ConfigError, match="another service"):
+            Register(tmp_path)
+        assert ended(client, begin(client)).status == "completed"
+    Register(tmp_path).close()
+    assert not list((tmp_path / "files").glob("*.part"))  # of an upload that a kill cut off
+
+
+def test_a_batch_that_ends_while_it_is_cancelled_has_ended(tmp_path):
+    register = Register(tmp_path)
+    batch = register.add_batch(None, {"input_file_id": "f"}, most=1)
+    assert register.cancel(batch.batch_id, None)[1]
+    assert not register.cancel(batch.batch_id, None)[1]
+    register.change(batch.batch_id, "completed", {})
+    with pytest.raises(BadRequest, match="nothing left"):
+        register.cancel(batch.batch_id, None)
+    with pytest.raises(NotFound):
+        register.cancel(batch.batch_id, "another")
+    assert register.unfinished() == []
+    register.close()
+
+
+@pytest.mark.parametrize("metadata", [{"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "" for i in range(17)}])
+def test_metadata_is_limited(client, metadata):
+    with pytest.raises(openai.BadRequestError, match="metadata"):
+        begin(client, metadata=metadata)
+
+
 def test_a_file_object_streams(client):
     file = client.files.create(file=io.BytesIO(lines(2)), purpose="batch")
     assert client.files.retrieve(file.id).bytes == len(lines(2))
+
+
+def test_a_full_disk_at_its_beginning_and_at_its_end(tmp_path, monkeypatch):
+    left = [1, 1]
+    connect, change = sqlite3.connect, Register.change
+
+    def full_at_first(path, **settings):
+        db = connect(path, **settings)
+        if path.name == "state.sqlite" and left[0]:
+            left[0] = 0
+            db.execute("PRAGMA max_page_count = 1")
+        return db
+
+    def full_at_last(self, *given):
+        if left[1]:
+            left[1] = 0
+            raise Unavailable("database or disk is full")
+        change(self, *given)
+
+    monkeypatch.setattr(Manager, "PAUSE_S", 0.05)
+    monkeypatch.setattr(sqlite3, "connect", full_at_first)
+    monkeypatch.setattr(Register, "change", full_at_last)
+    with serving(settings(tmp_path)) as served, served.client() as client:
+        done = ended(client, begin(client))
+        assert (done.status, done.request_counts.completed) == ("completed", 5)
+        assert left == [0, 0]

@@ -13,7 +13,7 @@ from routers.records import Array
 class Hashed:
     """Words to pseudo-random directions: an encoder without a model."""
 
-    name, width = "hashed", 16
+    name, width, runtime = "hashed", 16, "none"
 
     def __init__(self) -> None:
         self._words: dict[str, Array] = {}
