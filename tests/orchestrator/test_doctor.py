@@ -353,7 +353,7 @@ def test_doctor_runs_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_encoder_in_use_is_named_with_what_runs_it() -> None:
     routed = {"policies": {"default": {"router": "centroid"}}}
     found = only(configuration.encoder(make_case(encoder={"model": "wordllama"}, **routed)))
-    assert (found.status, found.message) == ("ok", "wordllama (256 wide) by numpy, in use")
+    assert (found.status, found.message) == ("ok", "wordllama (256 wide) by numpy, single spaces, in use")
     assert "no policy reads" in only(configuration.encoder(make_case(encoder={"model": "wordllama"}))).message
     absent = {"encoder": {"model": "/no/such/folder"}}
     assert only(configuration.encoder(make_case(**absent, **routed))).status == "fail"

@@ -22,10 +22,11 @@ _SHORT = 200
 def value(text: str) -> str | None:
     """A final answer in canonical form: a number by value, a letter, a formula without white space, else plain text.
     None when it is empty."""
+    text = text.strip()  # the patterns below count white space
     if len(text) > _SHORT:
         return plain(text)
     text = _VARIABLE.sub("", text)
-    cleaned = without_latex(text)
+    cleaned = without_latex(text).strip()
     if (found := whole_number(cleaned)) is not None:
         return found
     if match := _LETTER.fullmatch(cleaned):

@@ -1,7 +1,7 @@
 """Formulas in one spelling."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.aggregators.extract import same, value
@@ -127,6 +127,7 @@ BITS = st.sampled_from(
 
 
 @settings(deadline=None, max_examples=300)
+@example(text="x]]]]")
 @given(text=st.lists(BITS, max_size=40).map("".join) | st.text(max_size=60))
 def test_whatever_is_written_has_one_spelling_which_white_space_does_not_change(text: str) -> None:
     assert value(f" {text} ") == value(text)
