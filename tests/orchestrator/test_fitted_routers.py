@@ -10,6 +10,7 @@ from orchestrator.build import build_service
 from orchestrator.cli import app
 from orchestrator.config import Config
 from orchestrator.run import Run
+from routers.learned import MODELS
 
 QUESTION = "the court and the contract number 121\na\nb\nc\nd"
 
@@ -45,9 +46,16 @@ async def answered(service, text=QUESTION):
     return run, answer
 
 
-@pytest.mark.parametrize("name", ["skills", "value", "contrastive"])
-def test_a_fitted_router_sends_law_to_the_lawyer(name, pool, tmp_path):
-    service = service_of(pool, {"router": {"name": name, "artefact": fitted(name, pool, tmp_path)}})
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_fitted_router_is_shown_and_sends_law_to_the_lawyer(name, pool, tmp_path):
+    folder = fitted(name, pool, tmp_path)
+    shown = CliRunner().invoke(app, ["router", "show", folder])
+    assert shown.exit_code == 0, shown.output
+    assert "120 questions of toy" in shown.output
+    assert "law-expert" in shown.output
+    if name in ("threshold", "panel", "cascade"):
+        return  # they choose between two experts, for a vote, and by price
+    service = service_of(pool, {"router": {"name": name, "artefact": folder}})
     run, answer = asyncio.run(answered(service))
     assert answer.expert_id == "law-expert"
     assert len(run.decision.scores) == 4
