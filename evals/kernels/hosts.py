@@ -81,7 +81,7 @@ def prepare(dense_source: Path, work: Path) -> None:
     missing = [name for name in ("dense", "sparse", *CODES) if not (work / name / "config.json").exists()]
     tokenizer = AutoTokenizer.from_pretrained(dense_source)
     for name in missing:
-        model = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
         if name == "sparse":
             model = upcycle(model)
         elif name in CODES:
@@ -106,9 +106,11 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
 
     register()
     overrides = {"quantization_config_dict_json": json.dumps(engine.options)} if engine.quantization else {}
+    dtype: Any = engine.dtype
+    quantization: Any = engine.quantization
     llm = LLM(
-        str(work / engine.folder), quantization=engine.quantization, hf_overrides=overrides, enforce_eager=True,
-        max_model_len=256, max_num_seqs=20, dtype=engine.dtype, disable_log_stats=True, enable_prefix_caching=False,
+        str(work / engine.folder), quantization=quantization, hf_overrides=overrides, enforce_eager=True,
+        max_model_len=256, max_num_seqs=20, dtype=dtype, disable_log_stats=True, enable_prefix_caching=False,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     messages: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
