@@ -169,9 +169,10 @@ def run_transformers(work: Path, tokens: int) -> str:
             speed = len(PROMPTS) * tokens / (time.perf_counter() - started)
             wanted = results["dense"]["ids"] if results else ids
             mask = torch.nn.functional.pad(prompts.attention_mask, (0, tokens), value=1)
-            # As generate() counts them: padding on the left has no position.
+            # As in generate(): padding on the left has no position, and a text may not end early.
             places = (mask.cumsum(dim=1) - 1).clamp(min=0)
             logits = model(wanted, attention_mask=mask, position_ids=places, logits_to_keep=tokens + 1).logits[:, :-1]
+            logits[:, :, tokenizer.eos_token_id] = -torch.inf
         chosen = int((logits.argmax(dim=2) == wanted[:, -tokens:]).sum())
         results[name] = {"rows": ids[:, -tokens:].tolist(), "tokens_per_s": speed, "chosen": chosen, "ids": ids}
         LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
