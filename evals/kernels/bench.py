@@ -33,8 +33,12 @@ OTHERS = (
 )
 TOKENS = (1, 4, 16, 64, 256)
 BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
-# ms on the machine of the issue, where int8 reached 461 GOP/s and reads 31 GB/s.
-TARGETS_MS = {("int8", 16): 9.0, ("int8", 256): 80.0, ("int4", 1): 0.95, ("int4", 16): 6.0, ("int4", 256): 110.0}
+# ms on the machine of the issue, where int8 reached 461 GOP/s and reads 31 GB/s, and their share of its roof: either
+# is enough, since another machine is faster or slower.
+TARGETS = {
+    ("int8", 16): (9.0, 0.72), ("int8", 256): (80.0, 0.70),
+    ("int4", 1): (0.95, 0.86), ("int4", 16): (6.0, 0.58), ("int4", 256): (110.0, 0.51),
+}  # fmt: skip
 BF16_SHARE, RAGGED_SLACK = 0.85, 1.15
 REPEATS = 15
 
@@ -123,10 +127,11 @@ def verdict(name: str, precision: str, T: int, times: Times, share: float) -> tu
         return "-", "-"
     if precision == "bf16":
         return (f"{BF16_SHARE:.0%} of roof", "yes" if share >= BF16_SHARE else "no") if max(TOKENS) == T else ("-", "-")
-    target = TARGETS_MS.get((precision, T))
-    if target is None:
+    if (precision, T) not in TARGETS:
         return "-", "-"
-    return f"{target:g}", "yes" if times.min_s * 1e3 <= target else "no"
+    target_ms, least_share = TARGETS[precision, T]
+    met = times.min_s * 1e3 <= target_ms or share >= least_share
+    return f"{target_ms:g} or {least_share:.0%}", "yes" if met else "no"
 
 
 def ragged(runs: dict[str, tuple[str, Run]], shape: Shape, roof: Roof, T: int = 256) -> tuple[list[str], list[str]]:

@@ -106,10 +106,11 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
 
     register()
     overrides = {"quantization_config_dict_json": json.dumps(engine.options)} if engine.quantization else {}
-    chosen: Any = {"quantization": engine.quantization, "dtype": engine.dtype}  # vLLM's types list its own names only
+    dtype: Any = engine.dtype
+    quantization: Any = engine.quantization
     llm = LLM(
-        str(work / engine.folder), hf_overrides=overrides, enforce_eager=True, max_model_len=256, max_num_seqs=20,
-        disable_log_stats=True, enable_prefix_caching=False, **chosen,
+        str(work / engine.folder), quantization=quantization, hf_overrides=overrides, enforce_eager=True,
+        max_model_len=256, max_num_seqs=20, dtype=dtype, disable_log_stats=True, enable_prefix_caching=False,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     messages: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -120,8 +121,8 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
         speeds.append(len(PROMPTS) * tokens / (time.perf_counter() - started))
     rows = [list(output.outputs[0].token_ids) for output in outputs]
     prompts = [list(output.prompt_token_ids or ()) for output in outputs]
-    agreed = _would_choose(llm, prompts, wanted or rows)
-    return {"rows": rows, "tokens_per_s": max(speeds[1:]), "chosen": agreed}
+    chosen = _would_choose(llm, prompts, wanted or rows)
+    return {"rows": rows, "tokens_per_s": max(speeds[1:]), "chosen": chosen}
 
 
 def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -> int:
@@ -168,7 +169,10 @@ def run_transformers(work: Path, tokens: int) -> str:
             speed = len(PROMPTS) * tokens / (time.perf_counter() - started)
             wanted = results["dense"]["ids"] if results else ids
             mask = torch.nn.functional.pad(prompts.attention_mask, (0, tokens), value=1)
-            logits = model(wanted, attention_mask=mask, logits_to_keep=tokens + 1).logits[:, :-1]
+            # As in generate(): padding on the left has no position, and a text may not end early.
+            places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            logits = model(wanted, attention_mask=mask, position_ids=places, logits_to_keep=tokens + 1).logits[:, :-1]
+            logits[:, :, tokenizer.eos_token_id] = -torch.inf
         chosen = int((logits.argmax(dim=2) == wanted[:, -tokens:]).sum())
         results[name] = {"rows": ids[:, -tokens:].tolist(), "tokens_per_s": speed, "chosen": chosen, "ids": ids}
         LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
