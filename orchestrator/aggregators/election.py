@@ -88,8 +88,7 @@ def is_safe(
 ) -> bool:
     """Whether the leader stays first when all of ``pending`` agree on any one other answer, read already or new."""
     votes = _count(counting(ballots), "counts")
-    # A percentage may yet be read as the number that a later answer gives; see settle_percents.
-    if not votes or any(answer.endswith("%") for answer in votes):
+    if not votes:
         return False
     leader = _winner(votes, _count(ballots, "weight"), request)
     weights = dict(zip(decision.expert_ids, decision.weights, strict=True))

@@ -19,9 +19,8 @@ BY_MEANING = "embedding"
 
 
 class Reader(Protocol):
-    """``is_stable`` says that further answers leave the reading of these as it is."""
-
-    is_stable: bool
+    def is_stable(self, request: Request, completions: Sequence[Completion]) -> bool:
+        """Whether further answers leave the reading of these as it is."""
 
     async def read(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
         """One reading an answer, in their order, None where there is none; the order of the answers changes nothing."""
@@ -30,19 +29,24 @@ class Reader(Protocol):
 class ByKind:
     """Each answer for itself, by ``extract``; tool calls by what they call."""
 
-    is_stable = True
-
     def __init__(self, extract: Extract) -> None:
         self._extract = extract
 
+    def is_stable(self, request: Request, completions: Sequence[Completion]) -> bool:
+        """A percentage is read as others write it (settle_percents): one that is settled by now may yet be read anew."""
+        return not any(answer is not None and answer.endswith("%") for answer in self._each(request, completions))
+
     async def read(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
+        answers = self._each(request, completions)
+        settled = iter(settle_percents([a for a in answers if a is not None]))
+        return [None if a is None else next(settled) for a in answers]
+
+    def _each(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
         asked = read_request(request)
-        answers = [
+        return [
             _calls(c.tool_calls) if c.tool_calls else self._extract(after_reasoning(c.text or ""), asked)
             for c in completions
         ]
-        settled = iter(settle_percents([a for a in answers if a is not None]))
-        return [None if a is None else next(settled) for a in answers]
 
 
 class ByMeaning:
@@ -51,13 +55,14 @@ class ByMeaning:
     Complete linkage, the most alike first. A cluster is called by the text in its middle.
     """
 
-    is_stable = False
-
     def __init__(self, encoder: Callable[[], Encoder], threshold: float) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is a cosine above 0, at most 1, not {threshold}")
         self._encoder = encoder
         self._threshold = threshold
+
+    def is_stable(self, request: Request, completions: Sequence[Completion]) -> bool:
+        return False
 
     async def read(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
         texts = [None if c.tool_calls else plain(after_reasoning(c.text or "")) for c in completions]

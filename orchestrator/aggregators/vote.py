@@ -48,7 +48,7 @@ class Vote:
     ) -> bool:
         """Exact but for percentages: True when no answers of ``pending`` can make another answer win. Who words the
         winning answer may still change."""
-        if not (pending and self._reader.is_stable):
+        if not (pending and self._reader.is_stable(request, completions)):
             return not pending
         ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return is_safe(ballots, decision, pending, by_head, request)
@@ -80,7 +80,7 @@ class WeightedVote:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
         """As Vote's."""
-        if not (pending and self._reader.is_stable):
+        if not (pending and self._reader.is_stable(request, completions)):
             return not pending
         ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
         return is_safe(ballots, decision, pending, by_weight, request)

@@ -327,6 +327,15 @@ def test_a_tie_between_answers_that_are_known_is_settled_by_the_seed():
     assert {outcomes(seed) for seed in range(20)} == {(True, True), (False, False)}
 
 
+@pytest.mark.parametrize("name", ["vote", "weighted_vote"])
+def test_a_percentage_that_was_settled_may_yet_be_read_otherwise(name):
+    """50% is 0.5 beside 0.5, and 50 beside 50: the winner is open while the third may say so."""
+    decision, came = decided(3, a=1, b=1, c=1), said(a="50%", b="0.5")
+    question = ask("What percentage?")
+    assert combine(make_aggregator_of(name), decision, came, question).trace["winner"] == "0.5"
+    assert not is_settled(make_aggregator_of(name), decision, came, ["c"], question)
+
+
 @settings(deadline=None, max_examples=300)
 @given(election=elections(), data=st.data(), name=st.sampled_from(["vote", "weighted_vote"]))
 def test_what_is_settled_no_later_answer_changes(election, data, name):
