@@ -33,7 +33,7 @@ class ByKind:
         self._extract = extract
 
     def is_stable(self, request: Request, completions: Sequence[Completion]) -> bool:
-        """A percentage is read as others write it (settle_percents): one that is settled by now may yet be read anew."""
+        """A percentage is read as others write it (settle_percents), so one that is settled now may yet change."""
         return not any(answer is not None and answer.endswith("%") for answer in self._each(request, completions))
 
     async def read(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
