@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,16 @@ def test_a_service_that_ends_at_once_fails_the_demo(stand_in: Path, capsys: pyte
     assert "broken installation" in capsys.readouterr().out
 
 
+def started() -> subprocess.Popen[str]:
+    """The demo as a terminal starts it: a background job may have been told to ignore Ctrl-C, and hands that down."""
+    command = [sys.executable, "-m", "orchestrator.demo"]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_running(number: int, place: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "orchestrator.demo"], stdout=subprocess.PIPE, text=True)
+    process = started()
     assert process.stdout is not None
     with process, process.stdout as output:
         next(line for line in output if line.startswith("Starting the service"))
@@ -116,7 +124,7 @@ def test_an_interrupted_demo_leaves_nothing_running(number: int, place: Path) ->
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_an_engine_that_is_loading_goes_too(place: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "orchestrator.demo"], stdout=subprocess.PIPE, text=True)
+    process = started()
     assert process.stdout is not None
     with process, process.stdout:
         deadline = time.monotonic() + 200
