@@ -112,8 +112,8 @@ class Orchestrator:
             asked = decision.top(k).expert_ids
             consults = consulted(policy.aggregator, asked)
             first, then = ([self._experts[e].spec for e in ids] for ids in (asked, consults))
-            usd = 0.0 if policy.max_usd is None else combined_usd(first, then, request)
-            if len(asked) + len(consults) <= policy.max_calls and usd <= (policy.max_usd or 0.0):
+            is_paid = policy.max_usd is None or combined_usd(first, then, request) <= policy.max_usd
+            if is_paid and len(asked) + len(consults) <= policy.max_calls:
                 return k
         return 1
 

@@ -29,15 +29,13 @@ class Residency:
         self,
         engines: Mapping[str, Engine],
         *,
-        slots: int | None = None,
         rules: Rules | None = None,
         loading: Loading | None = None,
         queue: int | None = None,
     ) -> None:
-        rules = rules or Rules(slots=slots)
         self.loads = Counter[str]()
         self.load_s: defaultdict[str, float] = defaultdict(float)
-        self._scheduler = Scheduler(rules, queue_limit=math.inf if queue is None else queue)
+        self._scheduler = Scheduler(rules or Rules(), queue_limit=math.inf if queue is None else queue)
         self._loader = Loader(loading or Loading(), used_bytes)
         self._engines: dict[EngineQueue, Engine] = {}
         self._tasks: dict[asyncio.Task[None], EngineQueue] = {}

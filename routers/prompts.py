@@ -3,23 +3,24 @@
 The artefact is prompts.json (the experts, what they were made from) and regions.safetensors (their centroids).
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import orjson
-
 from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
+from routers.artefacts import Format
 from routers.base import RouteDecision, RouterParts, decide
 from routers.records import Array
 from routers.regions import nearest_region
 
-VERSION = 1
-HEAD, BODY = "prompts.json", "regions.safetensors"
-_AGAIN = "make it with: collegium router prompts --demos FILE --expert ID --out DIR"
+FORMAT = Format(
+    thing="prompt experts",
+    head="prompts.json",
+    body="regions.safetensors",
+    version=1,
+    again="collegium router prompts --demos FILE --expert ID --out DIR",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,45 +33,29 @@ class Regions:
     demos_digest: str
 
     def save(self, folder: Path, about: dict[str, object]) -> None:
-        from safetensors.numpy import save_file
-
+        """Raises ConfigError where the folder cannot be written."""
         head = {
-            "version": VERSION,
-            "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "encoder": self.encoder,
             "width": int(self.centroids_KW.shape[1]),
             "demos_digest": self.demos_digest,
             "expert_ids": list(self.expert_ids),
             **about,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"centroids": np.ascontiguousarray(self.centroids_KW)}, folder / BODY)
-            (folder / HEAD).write_bytes(orjson.dumps(head, option=orjson.OPT_INDENT_2))
-        except OSError as exc:
-            raise ConfigError(f"Cannot write the prompts to {folder}: {exc.strerror or exc}.") from exc
+        FORMAT.write(folder, head, {"centroids": self.centroids_KW})
 
     @classmethod
     def load(cls, folder: Path) -> "Regions":
         """Raises ConfigError."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            head = orjson.loads((folder / HEAD).read_bytes())
-            if head["version"] != VERSION:
-                raise ConfigError(f"{folder / HEAD} is of version {head['version']!r}, not {VERSION}; {_AGAIN}")
-            centroids = load_file(folder / BODY)["centroids"]
+        head = FORMAT.read_head(folder)
+        with FORMAT.reading(folder) as arrays:
             found = cls(
                 expert_ids=tuple(head["expert_ids"]),
-                centroids_KW=centroids,
+                centroids_KW=arrays["centroids"],
                 encoder=head["encoder"],
                 demos_digest=head["demos_digest"],
             )
-        except (OSError, orjson.JSONDecodeError, SafetensorError, KeyError, TypeError) as exc:
-            raise ConfigError(f"No prompt experts in {folder} ({exc!r}); {_AGAIN}") from exc
-        if len(found.expert_ids) != len(centroids):
-            raise ConfigError(f"{folder / HEAD} names {len(found.expert_ids)} experts for {len(centroids)} regions.")
+        if (experts := len(found.expert_ids)) != (regions := len(found.centroids_KW)):
+            raise ConfigError(f"{folder / FORMAT.head} names {experts} experts for {regions} regions.")
         return found
 
 
@@ -82,7 +67,7 @@ class Prompts:
 
     def __init__(self, parts: RouterParts, *, far: float | None = None, otherwise: str | None = None) -> None:
         if parts.artefact is None:
-            raise ConfigError(f"router 'prompts' needs an artefact; {_AGAIN}")
+            raise ConfigError(f"router 'prompts' needs an artefact; make it with: {FORMAT.again}")
         if (far is None) != (otherwise is None) or (far is not None and not far > 0):
             raise ConfigError("router 'prompts': 'far' (a distance) and 'otherwise' (an expert) go together.")
         self._regions = Regions.load(parts.artefact)

@@ -16,10 +16,11 @@ import numpy as np
 from experts.base import Expert
 from experts.errors import CollegiumError, ConfigError
 from experts.types import ExpertSpec, Request
+from routers.artefacts import columns_of
 from routers.base import RouteDecision, RouterParts, decide
 from routers.keywords import LlmKeywords, nearest_known
 from routers.learned import artefact
-from routers.learned.router import check_encoder, columns_of, told_task
+from routers.learned.router import check_encoder, told_task
 from routers.learned.skills import Skills as Fitted
 from routers.profiles import SCORES
 from routers.questions import Questions

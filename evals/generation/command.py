@@ -192,7 +192,7 @@ class _Job:
             recording.record(outcome, self.questions, specs, self.source, self.seed, self.record)
             self.console.print(f"[dim]recorded pool: {self.record}[/]")
         _show(rows)
-        self.console.print(f"[dim]report.json, report.md, answers.jsonl and accuracy.png are in {self.out}[/]")
+        self.console.print(f"[dim]the report, every answer and the plot are in {self.out}[/]")
 
 
 def _show(rows: "list[Row]") -> None:

@@ -91,9 +91,7 @@ class Cascade:
 
     def _extracted(self, request: Request, answers: Sequence[Completion]) -> list[str | None]:
         asked = read_request(request)
-        read = [self._extract(a.text or "", asked) for a in answers]
-        settled = iter(settle_percents([r for r in read if r is not None]))
-        return [None if r is None else next(settled) for r in read]
+        return settle_percents([self._extract(a.text or "", asked) for a in answers])
 
     async def _confidence(self, request: Request, answer: Completion) -> float:
         if self._verifier is None:

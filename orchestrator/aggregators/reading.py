@@ -37,9 +37,7 @@ class ByKind:
         return not any(answer is not None and answer.endswith("%") for answer in self._each(request, completions))
 
     async def read(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
-        answers = self._each(request, completions)
-        settled = iter(settle_percents([a for a in answers if a is not None]))
-        return [None if a is None else next(settled) for a in answers]
+        return settle_percents(self._each(request, completions))
 
     def _each(self, request: Request, completions: Sequence[Completion]) -> list[str | None]:
         asked = read_request(request)

@@ -22,6 +22,7 @@ from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.recorded import letter_place
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
+from routers.artefacts import columns_of
 from routers.base import RouteDecision
 from routers.records import Array
 
@@ -52,7 +53,7 @@ class Stacked:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"aggregator 'stack': 'threshold' is a probability from 0 to 1, got {threshold}.")
         self._fitted = artefact.load(parts.artefact)
-        self._columns = _columns(self._fitted.expert_ids, list(parts.experts), names or {})
+        self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
         self._threshold = self._fitted.stack.threshold if threshold is None else threshold
         self._extract = make_extract(extract)
 
@@ -88,9 +89,7 @@ class Stacked:
         """In an order that does not depend on who came first."""
         asked = read_request(request)
         ordered = sorted(completions, key=lambda c: (c.expert_id, c.index, c.text or ""))
-        extracted = [self._extract(c.text or "", asked) for c in ordered]
-        said = iter(settle_percents([a for a in extracted if a is not None]))
-        answers = [None if a is None else next(said) for a in extracted]
+        answers = settle_percents([self._extract(c.text or "", asked) for c in ordered])
         options = asked.options or tuple(dict.fromkeys(sorted(a for a in answers if a is not None)))
         return _Heard(
             asked=asked,
@@ -216,18 +215,3 @@ def _vote(answer: str, asked: Asked, options: Sequence[str]) -> int:
 
 def _label(option: str, place: int, asked: Asked) -> str:
     return chr(ord("A") + place) if asked.options else option[:_SHOWN]
-
-
-def _columns(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
-    places = {expert_id: column for column, expert_id in enumerate(recorded)}
-    if strangers := [e for e in names if e not in served]:
-        raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
-    if unknown := [r for r in names.values() if r not in places]:
-        raise ConfigError(f"'names' maps to {unknown}, which this stack never saw; it knows: {', '.join(recorded)}.")
-    columns = {e: places[names.get(e, e)] for e in served if names.get(e, e) in places}
-    if not columns:
-        raise ConfigError(
-            f"This stack knows none of the experts {', '.join(served)}; it was fitted on {', '.join(recorded)}. "
-            "Map them in its options: names: {expert of the config: recorded expert}."
-        )
-    return columns

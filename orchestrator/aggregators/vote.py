@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
-from orchestrator.aggregators.election import by_head, by_weight, elect, is_safe, make_ballots
+from orchestrator.aggregators.election import Counting, by_head, by_weight, elect, is_safe, make_ballots
 from orchestrator.aggregators.reading import make_reader
 from routers.base import RouteDecision
 
@@ -26,6 +26,7 @@ class Vote:
 
     name = "vote"
     takes_one = False
+    _counting: Counting = staticmethod(by_head)
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Vote:
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
     ) -> Completion:
         ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
-        return elect(by_head(ballots), request)
+        return elect(self._counting(ballots), request)
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
@@ -51,39 +52,14 @@ class Vote:
         if not (pending and self._reader.is_stable(request, completions)):
             return not pending
         ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
-        return is_safe(ballots, decision, pending, by_head, request)
+        return is_safe(ballots, decision, pending, self._counting, request)
 
 
-class WeightedVote:
+class WeightedVote(Vote):
     """Each vote counts as much as its expert's weight; the weights of the votes sum to 1."""
 
     name = "weighted_vote"
-    takes_one = False
-
-    def __init__(
-        self,
-        parts: AggregatorParts | None = None,
-        *,
-        extract: str = "auto",
-        field: str | None = None,
-        threshold: float = THRESHOLD,
-    ) -> None:
-        self._reader = make_reader(parts, extract, field, threshold)
-
-    async def aggregate(
-        self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
-    ) -> Completion:
-        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
-        return elect(by_weight(ballots), request)
-
-    async def settled(
-        self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
-    ) -> bool:
-        """As Vote's."""
-        if not (pending and self._reader.is_stable(request, completions)):
-            return not pending
-        ballots = make_ballots(decision, completions, await self._reader.read(request, completions))
-        return is_safe(ballots, decision, pending, by_weight, request)
+    _counting = staticmethod(by_weight)
 
 
 async def vote_instead(

@@ -1,7 +1,7 @@
 """Every line checked and routed before any engine is asked. What is found is filed stretch by stretch: a batch that is
 killed here goes on after the last one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -83,8 +83,9 @@ class Planner:
             ids=ids,
         )
 
-    def twice(self, n: int, name: str) -> Result:
-        """The row of a line whose custom_id an earlier one has."""
+    def twice(self, ids: Mapping[int, str], n: int) -> Result:
+        """The row of a line whose custom_id an earlier one has. ``ids`` are by line."""
+        name = ids[n]
         message = f"An earlier line has the custom_id '{name[:100]}'; each line needs its own."
         return self._rows.failure(n, name, BadLine("duplicate_custom_id", message))
 

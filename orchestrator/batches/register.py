@@ -13,7 +13,8 @@ from typing import Any, Literal
 import orjson
 from filelock import FileLock, Timeout
 
-from experts.errors import BadRequest, ConfigError, NotFound, RateLimited, Unavailable
+from experts.errors import BadRequest, ConfigError, NotFound, RateLimited
+from orchestrator.batches.transaction import transaction
 
 Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
 UNFINISHED: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
@@ -199,19 +200,8 @@ class Register:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
-            except sqlite3.Error as exc:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise Unavailable(f"The register of files and batches cannot be used: {exc}.") from exc
+        with self._lock, transaction(self._db, _refused) as db:
+            yield db
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +229,10 @@ class Page:
 
 _FILE = "id, tenant, purpose, name, bytes, created_at, path"
 _BATCH = "id, tenant, status, body"
+
+
+def _refused(exc: sqlite3.Error) -> str:
+    return f"The register of files and batches cannot be used: {exc}."
 
 
 def now() -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,12 @@ class Runner:
             tally.requests += len(piece)
             self._check_length(tally.requests)
             facts = {**tally.facts(), "read_n": str(done.n), "read_offset": str(done.offset)}
-            ids = done.ids
             settled, failed = await session.do(
                 session.store.plan,
                 done.plans,
                 done.settled,
                 done.claims,
-                lambda n, ids=ids: planner.twice(n, ids[n]),
+                partial(planner.twice, done.ids),
                 facts,
             )
             tally.settled, tally.failed = tally.settled + settled, tally.failed + failed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from experts.errors import ConfigError
 from orchestrator.batches.filing import Filing
@@ -17,6 +17,7 @@ from orchestrator.batches.store import VERSION, Call, Store
 from orchestrator.batches.tally import Meter, Tally
 from orchestrator.batches.work import Bench, Worker
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Order = Literal["grouped", "arrival"]
 Stage = Literal["reading", "answering", "combining", "writing"]
@@ -63,7 +64,7 @@ class Session:
         self.meter: Meter
         self.filing: Filing
 
-    async def do(self, work: Callable[..., T], *given: Any, **named: Any) -> T:
+    async def do(self, work: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
         """``work`` in the thread of this batch."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*given, **named))
 

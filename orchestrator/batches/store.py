@@ -6,7 +6,7 @@ time. A call has a row in ``calls`` while its line is open; a line is settled wh
 
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from experts.errors import ConfigError, Unavailable
 from orchestrator.batches.source import Place
+from orchestrator.batches.transaction import transaction
 
 VERSION = "1"
 PENDING, ANSWERED, FAILED = 0, 1, 2
@@ -210,20 +211,8 @@ class Store:
         with self._transaction() as db:
             return db.execute(query, values).fetchall()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as exc:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise Unavailable(_refused(self.path, exc)) from exc
+    def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        return transaction(self._db, lambda exc: _refused(self.path, exc))
 
 
 def _claim(db: sqlite3.Connection, digest: bytes, n: int) -> bool:

@@ -1,26 +1,30 @@
 """A fitted router on disk: model.safetensors, and router.json with everything that is not an array.
 
 router.json also says what it was fitted on: the pool and its hash, the experts in the order of the columns, the encoder
-and its width. Never pickle: loading runs no code of the file's.
+and its width.
 """
 
 import importlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
-import orjson
 
 from experts.errors import ConfigError
+from routers.artefacts import Format
 from routers.learned import MODELS
 from routers.learned.base import Model
 from routers.records import Array
 
-VERSION = 1
-HEAD, BODY = "router.json", "model.safetensors"
+FORMAT = Format(
+    thing="fitted router",
+    head="router.json",
+    body="model.safetensors",
+    version=1,
+    again="collegium router fit NAME --pool DIR --out DIR",
+)
 _NEWCOMERS = "newcomers."
 """Before the names of their arrays: no model has a field of that name."""
 T = TypeVar("T")
@@ -50,46 +54,27 @@ def model_class(name: str) -> type[Model]:
 
 
 def save(fitted: Fitted, folder: Path) -> None:
-    from safetensors.numpy import save_file
+    """Raises ConfigError where the folder cannot be written."""
+    from routers.learned.joined import Joined
 
     arrays: dict[str, Array] = {}
     plain: dict[str, Any] = {}
-    from routers.learned.joined import Joined
-
     base = fitted.model
     if isinstance(base, Joined):
         arrays |= {f"{_NEWCOMERS}mixture_JE": base.mixture_JE, f"{_NEWCOMERS}level_J": base.level_J}
         base = base.model
     _pack(base, "", arrays, plain)
     head = {f.name: getattr(fitted, f.name) for f in fields(fitted) if f.name != "model"}
-    about = {
-        "version": VERSION,
-        **head,
-        "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": plain,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / BODY)
-        (folder / HEAD).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
-    except OSError as exc:
-        raise ConfigError(f"Cannot write the router to {folder}: {exc.strerror or exc}.") from exc
+    FORMAT.write(folder, {**head, "model": plain}, arrays)
 
 
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, or of another version."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    about = read_head(folder)
-    try:
-        arrays = load_file(folder / BODY)
-        cls = model_class(about["name"])
-        model = _joined(_unpack(cls, "", arrays, about["model"]), arrays)
+    about = FORMAT.read_head(folder)
+    with FORMAT.reading(folder) as arrays:
+        model = _joined(_unpack(model_class(about["name"]), "", arrays, about["model"]), arrays)
         head = {f.name: about[f.name] for f in fields(Fitted) if f.name != "model"}
-    except (OSError, SafetensorError, KeyError, TypeError) as exc:
-        raise ConfigError(f"The router in {folder} is broken ({exc!r}); fit it again: {_AGAIN}") from exc
-    return Fitted(**{**head, "expert_ids": tuple(head["expert_ids"])}, model=model)
+        return Fitted(**{**head, "expert_ids": tuple(head["expert_ids"])}, model=model)
 
 
 def _joined(model: Model, arrays: Mapping[str, Array]) -> Model:
@@ -99,23 +84,6 @@ def _joined(model: Model, arrays: Mapping[str, Array]) -> Model:
         return model
     mixture, level = arrays[f"{_NEWCOMERS}mixture_JE"], arrays[f"{_NEWCOMERS}level_J"]
     return Joined(model=model, mixture_JE=mixture, level_J=level)
-
-
-def read_head(folder: Path) -> Mapping[str, Any]:
-    path = folder / HEAD
-    try:
-        about = orjson.loads(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"No fitted router in {folder} ({path.name}: {exc.strerror}); make one: {_AGAIN}") from exc
-    except orjson.JSONDecodeError as exc:
-        raise ConfigError(f"{path} is not JSON: {exc}. Fit it again: {_AGAIN}") from exc
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        found = about.get("version") if isinstance(about, dict) else None
-        raise ConfigError(f"{path} is of version {found!r}, this collegium reads {VERSION}; fit it again: {_AGAIN}")
-    return about
-
-
-_AGAIN = "collegium router fit NAME --pool DIR --out DIR"
 
 
 def _pack(thing: object, prefix: str, arrays: dict[str, Array], plain: dict[str, Any]) -> None:

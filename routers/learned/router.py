@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
+from routers.artefacts import columns_of
 from routers.base import RouteDecision, RouterParts, decide
 from routers.learned import artefact
 from routers.learned.base import Model
@@ -68,21 +69,6 @@ def check_encoder(fitted: artefact.Fitted, name: str, width: int) -> None:
             f"router '{fitted.name}' was fitted on embeddings of '{fitted.encoder}' ({fitted.width} wide), the "
             f"service's encoder is '{name}' ({width} wide); set encoder.model, or fit it again."
         )
-
-
-def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
-    places = {expert_id: column for column, expert_id in enumerate(recorded)}
-    if strangers := [e for e in names if e not in served]:
-        raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
-    if unknown := [r for r in names.values() if r not in places]:
-        raise ConfigError(f"'names' maps to {unknown}, which this router never saw; it knows: {', '.join(recorded)}.")
-    columns = {e: places[names.get(e, e)] for e in served if names.get(e, e) in places}
-    if not columns:
-        raise ConfigError(
-            f"This router knows none of the experts {', '.join(served)}; it was fitted on {', '.join(recorded)}. "
-            "Map them in its options: names: {expert of the config: recorded expert}."
-        )
-    return columns
 
 
 def told_task(request: Request) -> str | None:

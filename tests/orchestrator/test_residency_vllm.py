@@ -11,6 +11,7 @@ from experts.vllm import VllmEngine
 from orchestrator.dispatch import Dispatcher
 from orchestrator.loading import used_bytes
 from orchestrator.residency import Residency
+from orchestrator.swaps import Rules
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -23,7 +24,7 @@ async def test_two_engines_take_turns_and_give_their_memory_back() -> None:
         EngineSpec(engine_id=e, backend="vllm", model="smollm2-135m-instruct", options=OPTIONS) for e in ("one", "two")
     ]
     engines = {spec.engine_id: VllmEngine(spec) for spec in specs}
-    dispatcher = Dispatcher(Residency(engines, slots=1))
+    dispatcher = Dispatcher(Residency(engines, rules=Rules(slots=1)))
     before, known = used_bytes(), set(psutil.Process().children(recursive=True))
     assert before is not None
     loaded = []

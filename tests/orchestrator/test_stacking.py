@@ -246,13 +246,17 @@ def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, 
         stack = replace(stack, logit=replace(stack.logit, worth_E=stack.logit.worth_E[:-1]))
     artefact.save(replace(fitted, stack=stack), tmp_path)
     if damage == "missing":
-        (tmp_path / artefact.HEAD).unlink()
+        (tmp_path / artefact.FORMAT.head).unlink()
     if damage == "cut":
-        body = (tmp_path / artefact.BODY).read_bytes()
-        (tmp_path / artefact.BODY).write_bytes(body[: len(body) // 2])
+        body = (tmp_path / artefact.FORMAT.body).read_bytes()
+        (tmp_path / artefact.FORMAT.body).write_bytes(body[: len(body) // 2])
     if damage == "version":
-        head = (tmp_path / artefact.HEAD).read_text().replace(f'"version": {artefact.VERSION}', '"version": 99')
-        (tmp_path / artefact.HEAD).write_text(head)
+        head = (
+            (tmp_path / artefact.FORMAT.head)
+            .read_text()
+            .replace(f'"version": {artefact.FORMAT.version}', '"version": 99')
+        )
+        (tmp_path / artefact.FORMAT.head).write_text(head)
     with pytest.raises(ConfigError, match="collegium build stack"):
         artefact.load(tmp_path)
 

@@ -49,13 +49,13 @@ def whole_number(text: str) -> str | None:
     return _canonical(match) if match and (not rest or _UNIT.fullmatch(rest)) else None
 
 
-def settle_percents(answers: Sequence[str]) -> list[str]:
+def settle_percents(answers: Sequence[str | None]) -> list[str | None]:
     """``answers`` with "50%" written as the others write it: 50 where somebody says 50, else 0.5 where somebody does.
 
-    Looks at all answers at once, so that their order does not matter.
+    Looks at all answers at once, so that their order does not matter; None is an answer that cannot be read.
     """
-    others = {a for a in answers if not a.endswith("%")}
-    return [_settle(a, others) for a in answers]
+    others = {a for a in answers if a is not None and not a.endswith("%")}
+    return [None if a is None else _settle(a, others) for a in answers]
 
 
 def _settle(answer: str, others: set[str]) -> str:

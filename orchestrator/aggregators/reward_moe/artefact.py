@@ -1,27 +1,29 @@
 """A fitted reward on disk: model.safetensors, and reward.json with everything that is not an array.
 
-reward.json also says what it was fitted on: each source with its hash, the encoder and its width. Never pickle: loading
-runs no code of the file's.
+reward.json also says what it was fitted on: each source with its hash, the encoder and its width.
 """
 
 import importlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
-import orjson
 
 from experts.errors import ConfigError
 from orchestrator.aggregators.reward_moe.inputs import RAW_NAMES, Scaling, feature_width
 from orchestrator.aggregators.reward_moe.model import MODELS, Model
+from routers.artefacts import Format
 from routers.records import Array
 
-VERSION = 1
-HEAD, BODY = "reward.json", "model.safetensors"
-AGAIN = "collegium build reward --pool DIR --out DIR"
+FORMAT = Format(
+    thing="fitted reward",
+    head="reward.json",
+    body="model.safetensors",
+    version=1,
+    again="collegium build reward --pool DIR --out DIR",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,56 +51,22 @@ class Fitted:
 
 def save(fitted: Fitted, folder: Path) -> None:
     """Raises ConfigError where the folder cannot be written."""
-    from safetensors.numpy import save_file
-
     arrays: dict[str, Array] = {}
-    about = {
-        "version": VERSION,
-        "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "features": RAW_NAMES,
-        **{f.name: _flatten(getattr(fitted, f.name), f.name, arrays) for f in fields(fitted)},
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, folder / BODY)
-        (folder / HEAD).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
-    except OSError as exc:
-        raise ConfigError(f"Cannot write the reward to {folder}: {exc.strerror or exc}.") from exc
+    parts = {f.name: _flatten(getattr(fitted, f.name), f.name, arrays) for f in fields(fitted)}
+    FORMAT.write(folder, {"features": RAW_NAMES, **parts}, arrays)
 
 
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, of another version, or holds NaN."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    about = read_head(folder)
-    try:
-        arrays = load_file(folder / BODY)
-        cls = _model_class(about["kind"])
+    about = FORMAT.read_head(folder)
+    with FORMAT.reading(folder) as arrays:
         values = {f.name: about[f.name] for f in fields(Fitted)}
-        values["model"] = _restore(cls, about["model"], arrays)
+        values["model"] = _restore(_model_class(about["kind"]), about["model"], arrays)
         values["scaling"] = _restore(Scaling, about["scaling"], arrays)
         values["sources"] = tuple(Source(**source) for source in about["sources"])
         fitted = Fitted(**values)
         _check(fitted, arrays, about, folder)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise ConfigError(f"The reward in {folder} is broken ({exc!r}); fit it again: {AGAIN}") from exc
-    return fitted
-
-
-def read_head(folder: Path) -> Mapping[str, Any]:
-    """reward.json, of whichever kind. Raises ConfigError."""
-    path = folder / HEAD
-    try:
-        about = orjson.loads(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"No reward in {folder} ({path.name}: {exc.strerror}); make one: {AGAIN}") from exc
-    except orjson.JSONDecodeError as exc:
-        raise ConfigError(f"{path} is not JSON: {exc}. Fit it again: {AGAIN}") from exc
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        found = about.get("version") if isinstance(about, dict) else None
-        raise ConfigError(f"{path} is of version {found!r}, this collegium reads {VERSION}; fit it again: {AGAIN}")
-    return about
+        return fitted
 
 
 def _model_class(kind: str) -> type[Any]:
@@ -109,14 +77,18 @@ def _model_class(kind: str) -> type[Any]:
 
 def _check(fitted: Fitted, arrays: Mapping[str, Array], about: Mapping[str, Any], folder: Path) -> None:
     if tuple(about["features"]) != RAW_NAMES:
-        raise ConfigError(f"The reward in {folder} reads other features than this collegium; fit it again: {AGAIN}")
+        raise ConfigError(
+            f"The reward in {folder} reads other features than this collegium; make it again: {FORMAT.again}"
+        )
     if fitted.model.features != feature_width(fitted.width) or fitted.scaling.mean_F.shape != (len(RAW_NAMES),):
         raise ConfigError(
             f"The reward in {folder} is made for {fitted.model.features} features, an encoder {fitted.width} wide "
-            f"gives {feature_width(fitted.width)}; fit it again: {AGAIN}"
+            f"gives {feature_width(fitted.width)}; make it again: {FORMAT.again}"
         )
     if bad := [key for key, array in arrays.items() if not np.isfinite(array).all()]:
-        raise ConfigError(f"The reward in {folder} holds NaN or infinity in {', '.join(bad)}; fit it again: {AGAIN}")
+        raise ConfigError(
+            f"The reward in {folder} holds NaN or infinity in {', '.join(bad)}; make it again: {FORMAT.again}"
+        )
 
 
 def _flatten(value: Any, key: str, arrays: dict[str, Array]) -> Any:

@@ -127,8 +127,7 @@ def agreement(choices: Sequence[str | None], answers_AW: Array) -> Array:
     others = len(choices) - 1
     if others < 1:
         return found
-    settled = iter(settle_percents([c for c in choices if c is not None]))
-    names = [None if c is None else next(settled) for c in choices]
+    names = settle_percents(choices)
     counts = Counter(name for name in names if name is not None)
     most = max(counts.values(), default=0)
     for row, name in enumerate(names):

@@ -33,7 +33,7 @@ def load_reward(folder: Path, parts: AggregatorParts) -> Reward:
     Raises ConfigError when it is missing or broken, or was fitted on embeddings that cannot be had here. The static
     encoder is made where it is needed; any other must be the service's.
     """
-    about = artefact.read_head(folder)
+    about = artefact.FORMAT.read_head(folder)
     if about.get("kind") in EXTERNAL:
         return make_external(about, folder)
     fitted = artefact.load(folder)

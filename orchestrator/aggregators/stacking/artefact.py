@@ -1,19 +1,15 @@
 """A fitted stack on disk: stack.safetensors, and stack.json with everything that is not an array.
 
-stack.json says what it was fitted on: the pool and its hash, the experts in the order of the columns, the tasks. Never
-pickle: loading runs no code of the file's.
+stack.json says what it was fitted on: the pool and its hash, the experts in the order of the columns, the tasks.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
-from experts.errors import ConfigError
 from orchestrator.aggregators.stacking.build import Stack, Wish, fit_stack
 from orchestrator.aggregators.stacking.grams import COLUMNS
 from orchestrator.aggregators.stacking.model import Logit
@@ -21,11 +17,16 @@ from orchestrator.aggregators.stacking.options import TRAITS
 from orchestrator.aggregators.stacking.prior import Prior
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
 from orchestrator.aggregators.stacking.words import WORDS
+from routers.artefacts import Format
 from routers.records import Array
 
-VERSION = 2
-HEAD, BODY = "stack.json", "stack.safetensors"
-_AGAIN = "collegium build stack --pool DIR --out DIR"
+FORMAT = Format(
+    thing="fitted stack",
+    head="stack.json",
+    body="stack.safetensors",
+    version=2,
+    again="collegium build stack --pool DIR --out DIR",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,44 +58,30 @@ def fit(recorded: Recorded, rows: Array, wish: Wish, *, on_step: Callable[[str],
 
 
 def save(fitted: Fitted, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
+    """Raises ConfigError where the folder cannot be written."""
     stack = fitted.stack
     about = {
-        "version": VERSION,
-        "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **{f.name: getattr(fitted, f.name) for f in fields(fitted) if f.name != "stack"},
         "order": stack.order,
         "threshold": stack.threshold,
         "traits": TRAITS,
         "words": WORDS,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(array) for name, array in _arrays(stack).items()}, folder / BODY)
-        (folder / HEAD).write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
-    except OSError as exc:
-        raise ConfigError(f"Cannot write the stack to {folder}: {exc.strerror or exc}.") from exc
+    FORMAT.write(folder, about, _arrays(stack))
 
 
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, or of another version."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    about = _read_head(folder)
-    try:
-        stack = _stack(load_file(folder / BODY), about)
+    about = FORMAT.read_head(folder)
+    with FORMAT.reading(folder) as arrays:
         fitted = Fitted(
-            stack=stack,
+            stack=_stack(arrays, about),
             expert_ids=tuple(about["expert_ids"]),
             tasks=tuple(about["tasks"]),
             **{key: about[key] for key in ("pool", "pool_digest", "questions", "seed", "calls")},
         )
         _check(fitted)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
-        raise ConfigError(f"The stack in {folder} is broken ({exc!r}); fit it again: {_AGAIN}") from exc
-    return fitted
+        return fitted
 
 
 def _arrays(stack: Stack) -> dict[str, Array]:
@@ -141,17 +128,3 @@ def _check(fitted: Fitted) -> None:
             raise ValueError(f"{name} is {found}, expected {due}")
     if not all(np.isfinite(array).all() for array in _arrays(fitted.stack).values()):
         raise ValueError("a number in it is not finite")
-
-
-def _read_head(folder: Path) -> Mapping[str, Any]:
-    path = folder / HEAD
-    try:
-        about = orjson.loads(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"No fitted stack in {folder} ({path.name}: {exc.strerror}); make one: {_AGAIN}") from exc
-    except orjson.JSONDecodeError as exc:
-        raise ConfigError(f"{path} is not JSON: {exc}. Fit it again: {_AGAIN}") from exc
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        found = about.get("version") if isinstance(about, dict) else None
-        raise ConfigError(f"{path} is of version {found!r}, this collegium reads {VERSION}; fit it again: {_AGAIN}")
-    return about

@@ -88,17 +88,17 @@ async def test_another_encoder_is_refused_by_name(folder):
 
 
 async def test_nan_in_an_artefact_is_refused(folder, encoder):
-    arrays = load_file(folder / artefact.BODY)
+    arrays = load_file(folder / artefact.FORMAT.body)
     arrays["model.weight_D"][3] = np.nan
-    save_file(arrays, folder / artefact.BODY)
+    save_file(arrays, folder / artefact.FORMAT.body)
     with pytest.raises(ConfigError, match=r"NaN or infinity in model\.weight_D"):
         load_reward(folder, parts_with(encoder))
 
 
 async def test_an_artefact_of_the_wrong_width_is_refused(folder, encoder):
-    arrays = load_file(folder / artefact.BODY)
+    arrays = load_file(folder / artefact.FORMAT.body)
     arrays["model.weight_D"] = arrays["model.weight_D"][:-5].copy()
-    save_file(arrays, folder / artefact.BODY)
+    save_file(arrays, folder / artefact.FORMAT.body)
     with pytest.raises(ConfigError, match="features, an encoder 16 wide"):
         load_reward(folder, parts_with(encoder))
 
@@ -114,22 +114,22 @@ async def test_an_artefact_of_the_wrong_width_is_refused(folder, encoder):
     ],
 )
 async def test_a_changed_head_is_refused(folder, encoder, change, match):
-    head = json.loads((folder / artefact.HEAD).read_text())
-    (folder / artefact.HEAD).write_text(json.dumps({**head, **change}))
+    head = json.loads((folder / artefact.FORMAT.head).read_text())
+    (folder / artefact.FORMAT.head).write_text(json.dumps({**head, **change}))
     with pytest.raises(ConfigError, match=match):
         load_reward(folder, parts_with(encoder))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
 async def test_a_head_that_is_no_head_is_refused(folder, encoder, content):
-    (folder / artefact.HEAD).write_bytes(content)
+    (folder / artefact.FORMAT.head).write_bytes(content)
     with pytest.raises(ConfigError):
         load_reward(folder, parts_with(encoder))
 
 
 async def test_a_cut_body_and_a_missing_folder_are_refused(folder, encoder, tmp_path):
-    raw = (folder / artefact.BODY).read_bytes()
-    (folder / artefact.BODY).write_bytes(raw[: len(raw) // 2])
+    raw = (folder / artefact.FORMAT.body).read_bytes()
+    (folder / artefact.FORMAT.body).write_bytes(raw[: len(raw) // 2])
     with pytest.raises(ConfigError, match="broken"):
         load_reward(folder, parts_with(encoder))
     with pytest.raises(ConfigError, match="collegium build reward"):
@@ -147,12 +147,12 @@ async def test_a_cut_body_and_a_missing_folder_are_refused(folder, encoder, tmp_
     ],
 )
 def test_a_wrong_external_reward_is_refused(tmp_path, encoder, about, match):
-    (tmp_path / artefact.HEAD).write_text(json.dumps({"version": 1, **about}))
+    (tmp_path / artefact.FORMAT.head).write_text(json.dumps({"version": 1, **about}))
     with pytest.raises(ConfigError, match=match):
         load_reward(tmp_path, parts_with(encoder))
 
 
 def test_an_external_reward_is_made_like_any_other(tmp_path, encoder):
     about = {"version": 1, "kind": "http", "model": "judge", "options": {"base_url": "http://127.0.0.1:1"}}
-    (tmp_path / artefact.HEAD).write_text(json.dumps(about))
+    (tmp_path / artefact.FORMAT.head).write_text(json.dumps(about))
     assert load_reward(tmp_path, parts_with(encoder)).name == "http:judge"

@@ -1,0 +1,92 @@
+"""Whatever is fitted, on disk: arrays as safetensors, everything else as JSON with a version.
+
+Never pickle: loading runs no code of the file's.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from experts.errors import ConfigError
+from routers.records import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One sort of artefact: a folder with a ``head`` (JSON) and a ``body`` (safetensors). For errors: ``thing`` is what
+    it holds, ``again`` the command that makes one."""
+
+    thing: str
+    head: str
+    body: str
+    version: int
+    again: str
+
+    def write(self, folder: Path, about: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Raises ConfigError where the folder cannot be written."""
+        from safetensors.numpy import save_file
+
+        stamped = {
+            "version": self.version,
+            "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **about,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / self.body)
+            (folder / self.head).write_bytes(orjson.dumps(stamped, option=orjson.OPT_INDENT_2))
+        except OSError as exc:
+            raise ConfigError(f"Cannot write the {self.thing} to {folder}: {exc.strerror or exc}.") from exc
+
+    def read_head(self, folder: Path) -> Mapping[str, Any]:
+        """Raises ConfigError when it is missing, no JSON, or of another version."""
+        path = folder / self.head
+        try:
+            about = orjson.loads(path.read_bytes())
+        except OSError as exc:
+            raise ConfigError(
+                f"No {self.thing} in {folder} ({path.name}: {exc.strerror}); make it: {self.again}"
+            ) from exc
+        except orjson.JSONDecodeError as exc:
+            raise ConfigError(f"{path} is not JSON: {exc}. Make it again: {self.again}") from exc
+        if not isinstance(about, dict) or about.get("version") != self.version:
+            found = about.get("version") if isinstance(about, dict) else None
+            raise ConfigError(
+                f"{path} is of version {found!r}, this collegium reads {self.version}; make it again: {self.again}"
+            )
+        return about
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[dict[str, Array]]:
+        """The arrays. What goes wrong while something is made of them is a ConfigError: a broken artefact."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            yield load_file(folder / self.body)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise ConfigError(f"The {self.thing} in {folder} is broken ({exc!r}); make it again: {self.again}") from exc
+
+
+def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+    """Each served expert's column among the recorded ones; ``names`` says which is which where ids differ.
+
+    Raises ConfigError."""
+    places = {expert_id: column for column, expert_id in enumerate(recorded)}
+    if strangers := [e for e in names if e not in served]:
+        raise ConfigError(f"'names' maps {strangers}, which are no experts here; known: {', '.join(served)}.")
+    if unknown := [r for r in names.values() if r not in places]:
+        raise ConfigError(f"'names' maps to {unknown}, which the artefact never saw; it knows: {', '.join(recorded)}.")
+    columns = {e: places[names.get(e, e)] for e in served if names.get(e, e) in places}
+    if not columns:
+        raise ConfigError(
+            f"The artefact knows none of the experts {', '.join(served)}; it was fitted on {', '.join(recorded)}. "
+            "Map them in its options: names: {expert of the config: recorded expert}."
+        )
+    return columns
