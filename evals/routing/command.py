@@ -101,6 +101,7 @@ async def _run(
     from evals.routing.bench import all_routers, evaluate
     from evals.routing.joining import leave_each_out
     from evals.routing.robustness import rewrite, robustness
+    from evals.routing.stacked import Stacking
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
     from routers.learned.artefact import model_class
@@ -111,13 +112,19 @@ async def _run(
     encoder = make_encoder(encoder_name, 1)
     setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
     with bars(console) as progress:
+        stacking = None
+        if aggregator == "stack" and max(top_ks) > 1:
+            progress.start("fitting the stack", None, "bytes")
+            stacking = Stacking.fit(pool, setting)
         progress.start("fitting routers", len(names), "bytes")
 
         def tell(name: str) -> None:
             progress.advance(1)
             console.print(f"[dim]{name}[/]")
 
-        evaluation = await evaluate(setting, names, top_ks=top_ks, aggregator=aggregator, on_router=tell)
+        evaluation = await evaluate(
+            setting, names, top_ks=top_ks, aggregator=aggregator, stacking=stacking, on_router=tell
+        )
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
     with bars(console) as progress:
         if is_robust:

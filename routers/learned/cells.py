@@ -61,4 +61,5 @@ def _centres(vectors_NW: Array, count: int, seed: int) -> Array:
         count, init="random", n_init=1, max_iter=10, batch_size=_BLOCK, max_no_improvement=None, random_state=seed
     )
     centres: Array = means.fit(vectors_NW[np.sort(rows)]).cluster_centers_.astype(np.float32)
-    return centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-9)
+    centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-9)
+    return centres
