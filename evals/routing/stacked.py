@@ -1,8 +1,8 @@
 """A router and the stack: the router says who is asked, the stack what their answers are worth together.
 
 It is the service's stack on answers as they were parsed. Fitted on the train split alone, it hears the router's experts
-one by one, stops where an option is likely enough, and gives no option that nobody chose. With one call there is hence
-nothing for it to do.
+one by one, stops where an option is likely enough, and gives no option that nobody chose: with one call exactly there
+is nothing for it to do.
 
 Legend: Q questions of the test split, E experts, K places in a router's order.
 """
@@ -24,15 +24,18 @@ from routers.records import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stacking:
-    """``ballots`` are all answers to the test split, prepared for ``stack``."""
+    """``ballots`` are all answers to the test split, prepared for ``stack``. ``calls`` is what its threshold allows a
+    question on average, as of 'collegium build stack'; None for as many as the router names. Few experts cannot use up
+    what many may, so that the mean stays below it."""
 
     stack: Stack
     ballots: Ballots
     scores_QE: Array
     cost_QE: Array
+    calls: float | None = None
 
     @classmethod
-    def fit(cls, folder: Path, setting: Setting) -> Self:
+    def fit(cls, folder: Path, setting: Setting, calls: float | None = None) -> Self:
         """``folder`` is the pool's, for the options' wording. Raises ConfigError."""
         recorded = read_recorded(folder, setting.records.expert_ids, cache=cache_dir() / "stacking")
         stack = fit_stack(recorded, setting.train, Wish(seed=setting.seed))
@@ -41,17 +44,18 @@ class Stacking:
             ballots = replace(ballots, tasks_Q=np.full(len(ballots), -1))
         return cls(
             stack=stack,
+            calls=calls,
             ballots=stack.prepare(ballots, recorded.options.take(setting.test)),
             scores_QE=setting.scores_QE,
             cost_QE=setting.cost_QE[setting.test],
         )
 
     def ask(self, predicted_QE: Array, top_k: int) -> Outcome:
-        """At most ``top_k`` of the best-scored experts, by the threshold for that many calls on average."""
+        """At most ``top_k`` of the best-scored experts."""
         order_QK = np.argsort(-predicted_QE, axis=1, kind="stable")[:, :top_k]
         heard = [self._hear(order_QK[:, : place + 1]) for place in range(order_QK.shape[1])]
         sure_QK, scores_QK = (np.stack(part, axis=1) for part in zip(*heard, strict=True))
-        places = stops(sure_QK, threshold_for(self.stack.curve_XN, top_k))
+        places = stops(sure_QK, threshold_for(self.stack.curve_XN, self.calls or top_k))
         rows = np.arange(len(places))
         costs_QK = np.take_along_axis(self.cost_QE, order_QK, axis=1).cumsum(axis=1)
         return Outcome(scores=scores_QK[rows, places], calls=places + 1.0, costs=costs_QK[rows, places])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,7 @@ async def test_the_stack_hears_the_routers_experts_and_nobody_else(make_pool, ca
     assert (one.scores == take_first(predicted, setting).scores).all()
     assert (one.costs == take_first(predicted, setting).costs).all()
     assert 1 < two.calls.mean() <= 2
+    assert 1 <= replace(stacking, calls=1.2).ask(predicted, 2).calls.mean() < two.calls.mean()
     assert ((two.scores == setting.scores_QE[:, 0]) | (two.scores == setting.scores_QE[:, 1])).all()
     assert two.scores.mean() > one.scores.mean() + 0.1, "two experts know two skills, and it knows which"
     stacking.ballots.votes_QE[:, 2:] = 0
@@ -297,7 +299,7 @@ def test_the_command_takes_the_stack_and_fits_it(run, make_pool, tmp_path):
     out = tmp_path / "out"
     found = run(
         "eval", "routing", "--pool", make_pool(questions=240, other=0.1), "--router", "task", "--encoder", "wordllama",
-        "--top-k", "1,3", "--aggregator", "stack", "--out", out,
+        "--top-k", "1,3", "--aggregator", "stack", "--stack-calls", "1.5", "--out", out,
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     one, three = json.loads((out / "report.json").read_text())["results"]
