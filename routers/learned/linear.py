@@ -1,8 +1,8 @@
 """Ridge regression of every expert's score on the embedding; all experts share one factorisation.
 
 It predicts what the task leaves open. Where the embedding says nothing, an expert's mean in the question's task
-remains, shrunk as the router 'task' would, so that a strong ridge is that router. The strength is chosen by cross-validation on who is
-picked, not on squared error; the prediction is read as a probability and kept inside 0 to 1.
+remains, shrunk as the router 'task' would, so that a strong ridge is that router. Its strength is chosen by
+cross-validation on who is picked, not on squared error; the prediction is read as a probability and kept inside 0 to 1.
 """
 
 from dataclasses import dataclass
