@@ -53,6 +53,8 @@ def routing(
     """
     from orchestrator.commands.screen import make_console
 
+    if stack_calls is not None and aggregator != "stack":
+        raise typer.BadParameter("only '--aggregator stack' heeds it.", param_hint="--stack-calls")
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     asyncio.run(

@@ -161,6 +161,7 @@ def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
         (["--test", "val"], 1, "split 'val' is empty"),
         (["--experts", "law-expert,nobody"], 1, "no expert 'nobody'"),
         (["--top-k", "many"], 2, "--top-k"),
+        (["--stack-calls", "2"], 2, "--stack-calls"),
     ],
 )
 def test_mistakes_are_named(run, make_pool, tmp_path, words, code, message):
