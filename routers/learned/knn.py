@@ -1,15 +1,17 @@
 """k nearest neighbours by cosine: an expert is as good as it was on the questions most like this one.
 
 Neighbours of the same task count more by ``same_task``, a cosine. Means of k answers are shrunk to the expert's mean.
+Of many questions only those in the nearest cells are looked at (cells.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Self
 
 import numpy as np
 
 from routers.learned.base import Training, shrunk, split_folds
+from routers.learned.cells import EXACT, Cells
 from routers.questions import Labels, Questions
 from routers.records import Array
 
@@ -32,28 +34,36 @@ class Knn:
     k: int
     strength: float
     same_task: float
+    cells: Cells = field(default_factory=Cells)
 
     @classmethod
     def fit(cls, training: Training) -> Self:
         return cls.fit_with(training, _tune(training))
 
     @classmethod
-    def fit_with(cls, training: Training, option: Option) -> Self:
+    def fit_with(cls, training: Training, option: Option, *, exact: int = EXACT) -> Self:
+        """More than ``exact`` questions are sorted into cells."""
         labels = Labels.fit(training.questions)
         k, strength, same_task = option
+        vectors, own = training.questions.vectors_QW, labels.of(training.questions)
+        cells, order = Cells.fit(_with_labels(vectors, own, same_task), training.seed, exact)
         return cls(
             labels=labels,
-            vectors_NW=training.questions.vectors_QW,
-            labels_NT=labels.of(training.questions),
-            scores_NE=training.scores_QE.astype(np.float32),
+            vectors_NW=vectors[order],
+            labels_NT=own[order],
+            scores_NE=training.scores_QE.astype(np.float32)[order],
             mean_E=training.scores_QE.mean(axis=0, dtype=np.float32),
             k=min(k, len(training.questions)),
             strength=strength,
             same_task=same_task,
+            cells=cells,
         )
 
     def predict(self, questions: Questions) -> Array:
         labels = self.labels.of(questions)
+        if len(self.cells.ends_C):
+            found = [self._among_near(*one) for one in zip(questions.vectors_QW, labels, strict=True)]
+            return shrunk(np.stack(found), np.array(self.k), self.mean_E, self.strength)
         blocks = [slice(i, i + _BLOCK) for i in range(0, len(questions), _BLOCK)]
         return np.concatenate([self._predict(questions.vectors_QW[b], labels[b]) for b in blocks])
 
@@ -63,6 +73,21 @@ class Knn:
             nearness += self.same_task * (labels_QT @ self.labels_NT.T)
         sums = self.scores_NE[_nearest(nearness, self.k)].sum(axis=1)
         return shrunk(sums, np.array(self.k), self.mean_E, self.strength)
+
+    def _among_near(self, vector_W: Array, label_T: Array) -> Array:
+        """Sums of the neighbours' scores, by expert."""
+        parts = list(self.cells.near(_with_labels(vector_W, label_T, self.same_task), self.k))
+        nearness = np.concatenate([self.vectors_NW[p] @ vector_W for p in parts])
+        if self.same_task:
+            nearness += self.same_task * np.concatenate([self.labels_NT[p] @ label_T for p in parts])
+        rows = np.concatenate([np.arange(p.start, p.stop) for p in parts])
+        sums: Array = self.scores_NE[rows[_nearest(nearness[None], self.k)[0]]].sum(axis=0)
+        return sums
+
+
+def _with_labels(vectors: Array, labels: Array, same_task: float) -> Array:
+    """Vectors whose products are cosines with ``same_task`` added where tasks agree."""
+    return np.concatenate([vectors, labels * np.float32(same_task**0.5)], axis=-1)
 
 
 def _nearest(nearness_QN: Array, k: int) -> Array:
@@ -76,6 +101,9 @@ def _nearest(nearness_QN: Array, k: int) -> Array:
 def _tune(training: Training) -> Option:
     """As ``best_of``, but finds the neighbours once for all options: finding them is what takes long."""
     options = list(product(NEIGHBOURS, STRENGTHS, SAME_TASK))
+    if len(training.questions) > EXACT:
+        # Every question is compared with every other one.
+        training = training.take(np.random.default_rng(training.seed).permutation(len(training.questions))[:EXACT])
     sums = np.zeros(len(options))
     for kept, held in split_folds(len(training.questions), training.seed):
         largest = Knn.fit_with(training.take(kept), (max(NEIGHBOURS), 1.0, 0.0))

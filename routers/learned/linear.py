@@ -1,8 +1,8 @@
 """Ridge regression of every expert's score on the embedding; all experts share one factorisation.
 
 It predicts what the task leaves open. Where the embedding says nothing, an expert's mean in the question's task
-remains, so that a strong ridge is the router 'task'. The strength is chosen by cross-validation on who is
-picked, not on squared error; the prediction is read as a probability and kept inside 0 to 1.
+remains, shrunk as the router 'task' would, so that a strong ridge is that router. Its strength is chosen by
+cross-validation on who is picked, not on squared error; the prediction is read as a probability and kept inside 0 to 1.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from typing import Self
 
 import numpy as np
 
-from routers.learned.base import Training, simplest_of
+from routers.learned import task
+from routers.learned.base import Training, best_of, simplest_of
 from routers.learned.task import Task
 from routers.questions import Design, Questions
 from routers.records import Array
 
 STRENGTHS = (300.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 1e9)
-_PRIOR = 10.0
+_SHRINKAGE = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +28,18 @@ class Linear:
 
     @classmethod
     def fit(cls, training: Training) -> Self:
-        return cls.fit_with(training, simplest_of(STRENGTHS, cls.fit_with, training))
+        shrinkage = best_of(task.STRENGTHS, Task.fit_with, training)
+        options = [(strength, shrinkage) for strength in STRENGTHS]
+        return cls.fit_with(training, *simplest_of(options, lambda t, o: cls.fit_with(t, *o), training))
 
     @classmethod
-    def fit_with(cls, training: Training, strength: float) -> Self:
+    def fit_with(cls, training: Training, strength: float, shrinkage: float = _SHRINKAGE) -> Self:
+        """``shrinkage`` is the strength of the router 'task' inside."""
         design = Design.fit(training.questions, reads_form=True)
-        task = Task.fit_with(training, _PRIOR)
-        left = training.scores_QE - task.predict(training.questions)
+        means = Task.fit_with(training, shrinkage)
+        left = training.scores_QE - means.predict(training.questions)
         weights = ridge(design.features(training.questions), left, strength)
-        return cls(design=design, weights_DE=weights, task=task)
+        return cls(design=design, weights_DE=weights, task=means)
 
     def predict(self, questions: Questions) -> Array:
         return np.clip(self.design.features(questions) @ self.weights_DE + self.task.predict(questions), 0, 1)

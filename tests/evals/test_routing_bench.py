@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 from evals.routing.bench import evaluate
 from evals.routing.report import as_json, as_markdown
 from evals.routing.setting import make_setting
-from evals.routing.votes import ask
+from evals.routing.stacked import Stacking
+from evals.routing.votes import ask, take_first
 from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
 from orchestrator.cli import app
@@ -159,6 +161,7 @@ def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
         (["--test", "val"], 1, "split 'val' is empty"),
         (["--experts", "law-expert,nobody"], 1, "no expert 'nobody'"),
         (["--top-k", "many"], 2, "--top-k"),
+        (["--stack-calls", "2"], 2, "--stack-calls"),
     ],
 )
 def test_mistakes_are_named(run, make_pool, tmp_path, words, code, message):
@@ -260,3 +263,47 @@ def test_a_service_with_a_fitted_router(run, run_fit, make_pool, tmp_path):
     found = run("route", "the membrane of a living cell", "-c", config, "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.output)["expert_ids"] == ["cells-expert"]
+
+
+async def stacking_of(folder, cache, **options):
+    setting = await setting_of(folder, cache, **options)
+    return setting, Stacking.fit(folder, setting)
+
+
+async def test_the_stack_hears_the_routers_experts_and_nobody_else(make_pool, cache):
+    setting, stacking = await stacking_of(make_pool(questions=240, other=0.1), cache)
+    predicted = np.tile([0.9, 0.8, 0.2, 0.1], (len(setting.test), 1))
+    one, two = (stacking.ask(predicted, k) for k in (1, 2))
+    assert (one.scores == take_first(predicted, setting).scores).all()
+    assert (one.costs == take_first(predicted, setting).costs).all()
+    assert 1 < two.calls.mean() <= 2
+    assert 1 <= replace(stacking, calls=1.2).ask(predicted, 2).calls.mean() < two.calls.mean()
+    assert ((two.scores == setting.scores_QE[:, 0]) | (two.scores == setting.scores_QE[:, 1])).all()
+    assert two.scores.mean() > one.scores.mean() + 0.1, "two experts know two skills, and it knows which"
+    stacking.ballots.votes_QE[:, 2:] = 0
+    assert (stacking.ask(predicted, 2).scores == two.scores).all()
+
+
+async def test_the_stack_learns_from_train_alone(make_pool, cache):
+    """Other answers to the test split leave it as it was; a task that is hidden from routers is hidden from it."""
+    folder = make_pool(questions=240, other=0.1)
+    setting, stacking = await stacking_of(folder, cache)
+    setting.records.scores_QE[setting.test] = 0
+    again = Stacking.fit(folder, setting)
+    assert (again.stack.logit.worth_E == stacking.stack.logit.worth_E).all()
+    assert stacking.ballots.tasks_Q.min() >= 0
+    _, hidden = await stacking_of(folder, cache, hide_tasks=True)
+    assert (hidden.ballots.tasks_Q == -1).all()
+
+
+def test_the_command_takes_the_stack_and_fits_it(run, make_pool, tmp_path):
+    out = tmp_path / "out"
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=240, other=0.1), "--router", "task", "--encoder", "wordllama",
+        "--top-k", "1,3", "--aggregator", "stack", "--stack-calls", "1.5", "--out", out,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    one, three = json.loads((out / "report.json").read_text())["results"]
+    assert (one["aggregator"], three["aggregator"]) == ("first", "stack")
+    assert 1 <= three["mean_calls"] <= 3
+    assert "stack, top 3" in (out / "report.md").read_text()

@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experts.errors import ConfigError
 from experts.types import ExpertSpec
@@ -9,6 +11,7 @@ from routers.base import RouterParts
 from routers.learned import MODELS, artefact
 from routers.learned.artefact import Fitted, model_class
 from routers.learned.base import Training
+from routers.learned.knn import Knn
 from routers.learned.router import knn, linear
 from routers.questions import Questions
 
@@ -56,6 +59,28 @@ def test_a_router_that_was_saved_predicts_as_before(name, tmp_path):
     assert (before.model.predict(asked) == after.model.predict(asked)).all()
     assert (after.name, after.expert_ids, after.pool_digest) == (name, before.expert_ids, before.pool_digest)
     assert sorted(p.name for p in (tmp_path / "made" / "here").iterdir()) == ["model.safetensors", "router.json"]
+
+
+def test_a_knn_with_cells_predicts_as_before_and_one_from_before_cells_is_read(tmp_path):
+    lessons = training(400)
+    for folder, exact in (("cells", 100), ("old", 1000)):
+        model = Knn.fit_with(lessons, (10, 10.0, 0.3), exact=exact)
+        artefact.save(replace(fitted("knn"), model=model), tmp_path / folder)
+        if folder == "old":
+            _forget_cells(tmp_path / folder)
+        after = artefact.load(tmp_path / folder).model
+        assert (after.predict(lessons.questions) == model.predict(lessons.questions)).all()
+        assert bool(len(after.cells.ends_C)) == (folder == "cells")
+
+
+def _forget_cells(folder):
+    head = json.loads((folder / "router.json").read_text())
+    del head["model"]["cells.read"]
+    (folder / "router.json").write_text(json.dumps(head))
+    arrays = load_file(folder / "model.safetensors")
+    kept = {name: array for name, array in arrays.items() if not name.startswith("cells.")}
+    assert len(kept) == len(arrays) - 2
+    save_file(kept, folder / "model.safetensors")
 
 
 def test_a_router_must_be_fitted_first():

@@ -1,5 +1,7 @@
 """Every learned model on a made-up world: four skills, an expert for each, and vectors that show the skill."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from experts.errors import ConfigError
 from routers.learned import MODELS, PROBABILITIES
 from routers.learned.artefact import model_class
 from routers.learned.base import Training, simplest_of, split_folds
+from routers.learned.cells import Cells
+from routers.learned.knn import Knn
 from routers.learned.linear import Linear
 from routers.learned.panel import Panel, relay, trio
 from routers.learned.stack import pick_members
@@ -213,3 +217,47 @@ def test_the_simplest_of_equals_is_kept_and_a_clear_gain_is_not_given_up():
         costs_E=np.ones(2),
     )
     assert simplest_of(strengths, Linear.fit_with, same_for_all) == 1e9
+
+
+def test_of_many_questions_only_the_nearest_cells_are_read():
+    """Above its limit knn looks at some of the questions, and still finds the specialist, alone and among others."""
+    _, training = world(21_000, width=8)
+    skill, unseen = world(100, seed=1, width=8)
+    model, whole = (Knn.fit_with(training, (50, 10.0, 0.3), exact=exact) for exact in (20_000, 21_000))
+    assert len(model.cells.ends_C) > 1
+    assert not len(whole.cells.ends_C)
+    predicted = model.predict(unseen.questions)
+    assert (predicted.argmax(axis=1) == skill).mean() > 0.95
+    assert (predicted.argmax(axis=1) == whole.predict(unseen.questions).argmax(axis=1)).mean() > 0.95
+    alone = model.predict(unseen.questions.take(np.array([7])))
+    assert (alone[0] == predicted[7]).all()
+
+
+@pytest.mark.parametrize("same_task", [0.0, 0.3])
+def test_cells_that_are_all_read_find_the_same_neighbours(same_task):
+    _, training = world(600)
+    _, unseen = world(50, seed=1)
+    whole = Knn.fit_with(training, (20, 10.0, same_task))
+    sorted_in, again = (Knn.fit_with(training, (20, 10.0, same_task), exact=0) for _ in range(2))
+    assert (sorted_in.cells.centres_CW == again.cells.centres_CW).all()
+    np.testing.assert_allclose(sorted_in.predict(unseen.questions), whole.predict(unseen.questions), atol=1e-6)
+
+
+def test_cells_hold_enough_for_the_neighbours_however_little_is_read():
+    _, training = world(600)
+    model = Knn.fit_with(training, (50, 10.0, 0.0), exact=0)
+    stingy = replace(model, cells=replace(model.cells, read=1))
+    assert np.isfinite(stingy.predict(training.questions)).all()
+
+
+def test_cells_hold_every_vector_once_and_the_nearest_come_first():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(500, 6)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cells, order = Cells.fit(vectors, 0, exact=100)
+    assert sorted(order.tolist()) == list(range(500))
+    parts = list(cells.near(vectors[0], 1))
+    assert sum(p.stop - p.start for p in parts) == cells.ends_C[-1] == 500, "more may be read than there are"
+    few = list(replace(cells, read=100).near(vectors[0], 1))
+    assert few == parts[: len(few)]
+    assert 0 in np.concatenate([order[p] for p in few])
