@@ -72,11 +72,12 @@ def test_zero_weights_and_nan_weights() -> None:
 
 
 def test_activation_codes() -> None:
-    codes, scale = quantise_rows(torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [float("nan"), 1, 1]]))
-    assert codes[0].tolist() == [64, -127, 32]
-    torch.testing.assert_close(scale[0], torch.tensor([2 / 127]))
+    codes, scales = quantise_rows(torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [float("nan"), 1, 1]]), 2)
+    assert codes[0].tolist() == [64, -127, 127]
+    torch.testing.assert_close(scales[0], torch.tensor([2, 2, 0.5]) / 127)
     assert codes[1].tolist() == [0, 0, 0]
-    assert scale[2].isnan()
+    assert scales[2].isnan().tolist() == [True, True, False]
+    assert quantise_rows(torch.zeros(0, 5), 32)[0].shape == quantise_rows(torch.zeros(0, 5), 32)[1].shape == (0, 5)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (8, 16), (4, 256)])
