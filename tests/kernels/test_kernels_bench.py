@@ -75,8 +75,10 @@ def test_hosts_count_equal_texts_and_the_first_other_token() -> None:
     assert [agreed(row, [1, 2, 3]) for row in ([1, 2, 3], [1, 9, 3], [4, 2, 3])] == [3, 1, 0]
     dense = {"rows": [[1, 2], [3, 4]], "tokens_per_s": 2.0, "chosen": 4}
     other = {"rows": [[1, 2], [3, 5]], "tokens_per_s": 4.0, "chosen": 3}
-    last = table({"dense": dense, "other": other}, 2).splitlines()[-1]
-    assert last == "| other | 1 of 2 | 1.5 of 2 | 75.0% | 4.0 |"
+    twin = {**dense, "rows": [[1, 9], [3, 5]]}
+    lines = table({"dense": dense, "one": twin, "other": {**other, "twin": "one"}}, 2).splitlines()
+    assert lines[-1] == "| other | 1 of 2 | 1.5 of 2 | 75.0% | 1 of 2 | 4.0 |"
+    assert lines[2] == "| dense | 2 of 2 | 2.0 of 2 | 100.0% | - | 2.0 |"
 
 
 def test_llama_cpp_takes_part_only_where_its_libraries_are(tmp_path: Path) -> None:
