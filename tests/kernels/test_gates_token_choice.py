@@ -236,7 +236,7 @@ def test_word_experts_recall_planted_facts_that_a_layer_of_equal_flops_cannot_ho
     dense, _ = recalled(1, ids, facts)
     assert recall >= 0.95
     assert dense <= 0.4
-    # A fact lies in its entity's expert and nowhere else: without that expert its four entities forget, the rest do not.
+    # A fact lies in its entity's expert alone: without that expert its four entities forget, the others do not.
     x, context = torch.randn(256, 16), Context(token_ids_T=ids)
     with torch.no_grad():
         before, _ = layer(x, context)
