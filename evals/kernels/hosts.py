@@ -4,8 +4,9 @@
 in fp32 says what is right: its greedy texts are compared, and each engine is asked which token it would have chosen
 after every prefix of them. Beside ours stand the dense model in bf16 and the dense model with feed-forward weights that
 went through the same codes: what rounding alone changes. Each quantised engine also has a twin with one expert, k 1 and
-the same codes: a dense model in our arithmetic. ``--transformers`` runs the same prompts through transformers' registry
-of experts.
+the same codes: a dense model in our arithmetic. Its texts are owed where a layer's output has the same bits, as with
+the paired router of ``upcycle``; where a token's weights are drawn, rounding of the last bit moves activation codes.
+``--transformers`` runs the same prompts through transformers' registry of experts.
 """
 
 import argparse
@@ -36,41 +37,33 @@ class Engine:
 
 
 TOP_P = {"routing": "top_p", "p": 0.6}
+GROUP = {"int8": 64, "int4": 32}
+
+
+def _quantised(name: str, precision: str, folder: str, twin: str | None, **options: Any) -> Engine:
+    quantization, made = f"collegium_{precision}", {"group": GROUP[precision], **options}
+    return Engine(name=name, folder=folder, quantization=quantization, options=made, twin=twin)
+
+
 ENGINES = (
     Engine(name="dense", folder="dense"),
     Engine(name="stock", folder="sparse"),
     Engine(name="collegium", folder="sparse", quantization="collegium"),
     Engine(name="collegium, top-p 0.6", folder="sparse", quantization="collegium", options=TOP_P),
     Engine(name="dense, int8 codes", folder="dense_int8"),
-    Engine(name="one expert, int8", folder="single", quantization="collegium_int8", options={"group": 64}),
-    Engine(
-        name="collegium_int8",
-        folder="sparse",
-        quantization="collegium_int8",
-        options={"group": 64},
-        twin="one expert, int8",
-    ),
-    Engine(
-        name="collegium_int8, top-p 0.6",
-        folder="sparse",
-        quantization="collegium_int8",
-        options={"group": 64, **TOP_P},
-        twin="one expert, int8",
-    ),
+    _quantised("one expert, int8", "int8", "single", None),
+    _quantised("collegium_int8", "int8", "sparse", "one expert, int8"),
+    _quantised("collegium_int8, paired", "int8", "paired", "one expert, int8"),
+    _quantised("collegium_int8, top-p 0.6", "int8", "sparse", "one expert, int8", **TOP_P),
     Engine(name="dense, int4 codes", folder="dense_int4"),
-    Engine(name="one expert, int4", folder="single", quantization="collegium_int4", options={"group": 32}),
-    Engine(
-        name="collegium_int4",
-        folder="sparse",
-        quantization="collegium_int4",
-        options={"group": 32},
-        twin="one expert, int4",
-    ),
+    _quantised("one expert, int4", "int4", "single", None),
+    _quantised("collegium_int4", "int4", "sparse", "one expert, int4"),
+    _quantised("collegium_int4, paired", "int4", "paired", "one expert, int4"),
     Engine(name="dense, bf16", folder="dense", dtype="bfloat16"),
     Engine(name="stock, bf16", folder="sparse", dtype="bfloat16"),
     Engine(name="collegium, bf16", folder="sparse", dtype="bfloat16", quantization="collegium"),
 )
-CODES = {"dense_int8": (8, 64), "dense_int4": (4, 32)}
+CODES = {"dense_int8": (8, GROUP["int8"]), "dense_int4": (4, GROUP["int4"])}
 TOPICS = (
     "the capital of France", "why the sky is blue", "how bread is baked", "what a bond is", "the water cycle",
     "how to sort a list", "the Roman Empire", "photosynthesis", "what inflation means", "how a bicycle stays up",
@@ -88,8 +81,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, str, str | None]] = {
     "collegium_int8": ("sparse", "float32", "collegium_int8"),
     "one expert, int8": ("single", "float32", "collegium_int8"),
     "dense, int8 codes": ("dense_int8", "float32", None),
+    "collegium_int8, paired": ("paired", "float32", "collegium_int8"),
     "collegium_int4": ("sparse", "float32", "collegium_int4"),
     "one expert, int4": ("single", "float32", "collegium_int4"),
+    "collegium_int4, paired": ("paired", "float32", "collegium_int4"),
     "dense, int4 codes": ("dense_int4", "float32", None),
 }
 
@@ -101,7 +96,9 @@ def prepare(dense_source: Path, work: Path) -> None:
 
     from evals.kernels.upcycle import upcycle
 
-    missing = [name for name in ("dense", "sparse", "single", *CODES) if not (work / name / "config.json").exists()]
+    missing = [
+        name for name in ("dense", "sparse", "single", "paired", *CODES) if not (work / name / "config.json").exists()
+    ]
     tokenizer = AutoTokenizer.from_pretrained(dense_source)
     for name in missing:
         model: Any = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
@@ -109,6 +106,8 @@ def prepare(dense_source: Path, work: Path) -> None:
             model = upcycle(model)
         elif name == "single":
             model = upcycle(model, num_experts=1, k=1)
+        elif name == "paired":
+            model = upcycle(model, paired=True)
         elif name in CODES:
             _round(model.float(), *CODES[name])
         model.save_pretrained(work / name)
