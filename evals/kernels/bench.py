@@ -95,6 +95,7 @@ def all_runs(shape: Shape, llama_cpp: Path | None) -> dict[str, tuple[str, Run]]
         "ours, bf16 (vLLM's other kernel)": ("bf16", contenders.bound_bf16(weights)),
         "vLLM's binary, int8": ("int8", contenders.vllm_int8(shape)),
         "ours, int8": ("int8", contenders.ours(shape, 8, 0)),
+        "ours, int8 g128": ("int8", contenders.ours(shape, 8, 128)),
         "ours, int4 g128": ("int4", contenders.ours(shape, 4, 128)),
     }
 
