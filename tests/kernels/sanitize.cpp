@@ -32,11 +32,11 @@ int run(int64_t T, int64_t D, int64_t F, int64_t E, int bits, int64_t group, int
 
 int main() {
   int calls = 0;
-  for (int64_t T : {0, 1, 2, 9, 33})
+  for (int64_t T : {0, 1, 2, 9, 33, 150})
     for (int bits : {4, 8})
       for (int portable : {0, 1})
         for (int64_t group : {0, 32})
-          for (int64_t width : {1, 37, 64, 130}) {
+          for (int64_t width : {1, 37, 64, 130, 700}) {
             if (run(T, width, width / 2 + 1, 3, bits, group, portable, T == 33 ? 3 : 1) != 0) return 1;
             ++calls;
           }
