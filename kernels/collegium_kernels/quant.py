@@ -75,12 +75,13 @@ def relative_error(w_ENK: Tensor, quantised: Quantised) -> float:
 def quantise_rows(x_TK: Tensor, span: int) -> tuple[Tensor, Tensor]:
     """Activations as the kernels see them: whole numbers in [-127, 127] as fp32, and a scale for each ``span`` inputs.
 
-    Both of shape (T, K): a scale stands beside each of its codes.
+    Both of shape (T, K): a scale stands beside each of its codes. A group too small for 1 / scale counts as zero.
     """
     T, K = x_TK.shape
     grouped = functional.pad(x_TK.float(), (0, -K % span)).view(T, -(-K // span), span)
     top = grouped.abs().amax(dim=2, keepdim=True)
-    scale = torch.where(top.isfinite(), top / 127, torch.nan)
+    whole = torch.where(top < 127 * torch.finfo(torch.float32).tiny, 0, top / 127)
+    scale = torch.where(top.isfinite(), whole, torch.nan)
     codes = (grouped * torch.where(scale > 0, 1 / scale, 0)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
     return codes.flatten(1)[:, :K], scale.expand_as(grouped).flatten(1)[:, :K]
 

@@ -3,8 +3,8 @@
 // Weights are unsigned codes c with value (c - zero) * scale; a scale covers `group` codes of a row. A panel holds 64
 // output columns: for each step of 4 inputs, 64 columns x 4 codes; int4 puts two steps in the halves of a byte. Panels
 // of the first product hold 32 gate columns, then the 32 up columns that belong to them.
-// Activations have a scale for each group too. The zero is subtracted by starting each integer sum at -zero * (sum of
-// the activations).
+// Activations are signed and have a scale for the same groups. The zero is subtracted by starting each integer sum at
+// -zero * (sum of the activations).
 // Every sum runs over the inputs in order and every token adds its experts in order of their number, so a token's
 // result has the same bits whatever the batch and the number of threads.
 #include <new>
@@ -75,7 +75,7 @@ struct Rows {
   }
 };
 
-constexpr int kUnpack = 3;  // tiles that share a slice, from which on unpacking it first pays
+constexpr int kUnpack = 3;  // tiles that share a slice: so many pay for unpacking it first
 
 struct Sums {
   float row[kBlock][kColumns];
@@ -107,9 +107,9 @@ void panel_sums(const Code& code, const Matrix& m, int64_t e, int64_t p, const A
       t.out = sums.row[first];
       for (int r = 0; r < rows; ++r) {
         const int64_t row = row_of(first + r);
-        t.a[r] = a.codes + row * a.stride;
-        t.scales[r] = a.scales + row * a.spans;
-        t.starts[r] = a.starts + row * a.spans;
+        t.a[r] = &a.codes[row * a.stride];
+        t.scales[r] = &a.scales[row * a.spans];
+        t.starts[r] = &a.starts[row * a.spans];
       }
       (unpack ? code.unpacked : code.tile)(rows, m, t);
       first += rows;
@@ -160,13 +160,13 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
         const auto token = [&](int r) { return rows.tokens[first + r]; };
         panel_sums(code, up, e, p, in, n, token, sums);
         for (int r = 0; r < n; ++r)
-          code.swiglu(sums.row[r], hidden + (first + r) * up.panels * 32 + p * 32);
+          code.swiglu(sums.row[r], &hidden[(first + r) * up.panels * 32 + p * 32]);
       });
     }
   });
   Activations mid(count, down);
   parallel(threads, count, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) code.quantise(mid, row, hidden + row * up.panels * 32, F);
+    for (int64_t row = begin; row < end; ++row) code.quantise(mid, row, &hidden[row * up.panels * 32], F);
   });
   parallel(threads, down.panels, [&](int64_t begin, int64_t end) {
     Sums sums;

@@ -12,10 +12,10 @@ namespace {
 
 constexpr int kColumns = 64;
 constexpr int kRows = 6;
-constexpr int kBlock = 64;           // rows that read a slice of a panel before the next slice is touched
-constexpr int64_t kSpan = 512;       // inputs at most between two conversions of integer sums
-constexpr int64_t kSliceInputs = 256;  // of a panel, if a span is no longer: its codes stay in L1 for a block of rows
-constexpr int64_t kStepBytes = kColumns * 4;  // of a panel that one step reads
+constexpr int kBlock = 64;             // rows that read a slice of a panel before the next slice is touched
+constexpr int64_t kSpan = 512;         // inputs at most between two conversions of integer sums
+constexpr int64_t kSliceInputs = 256;  // of a slice, if a span is no longer: its codes stay in L1 for a block of rows
+constexpr int64_t kStepBytes = kColumns * 4;  // of a panel, read by one step
 
 struct Matrix {
   const uint8_t* codes;
@@ -25,8 +25,7 @@ struct Matrix {
 
   Matrix(const uint8_t* c, const uint16_t* s, int64_t in, int64_t out, int64_t group, int b)
       : codes(c), scales(s), inputs(in), panels(out / kColumns), groups(in / group), span(span_of(group)),
-        spans(in / span), spans_per_group(group / span),
-        spans_per_slice(std::max<int64_t>(1, kSliceInputs / span)),
+        spans(in / span), spans_per_group(group / span), spans_per_slice(std::max<int64_t>(1, kSliceInputs / span)),
         bytes_per_span(kColumns * span * b / 8), bits(b) {}
   // The most inputs up to kSpan that divide a group, in steps of 32.
   static int64_t span_of(int64_t group) {
@@ -43,10 +42,11 @@ template <typename T>
 struct Buffer {
   std::unique_ptr<T[]> data;
   explicit Buffer(int64_t size) : data(new T[size]) {}
-  T* operator+(int64_t at) const { return data.get() + at; }
+  T& operator[](int64_t at) const { return data[at]; }
 };
 
-// Rows of activations as int8. By span: a scale, and where its integer sums start, -zero * (sum of the codes).
+// Rows of activations as int8. Each span has a scale, its group's, and the value at which its integer sums start:
+// -zero * (sum of the codes).
 struct Activations {
   int64_t inputs, stride, spans, span, spans_per_group;
   int zero;
@@ -65,12 +65,12 @@ struct Tile {
   const int8_t* a[kRows];
   const float* scales[kRows];
   const int32_t* starts[kRows];
-  const uint8_t* w;      // the slice
+  const uint8_t* w;          // the slice
   const uint16_t* w_scales;  // the panel's
-  float* out;            // kColumns a row
+  float* out;                // kColumns a row
   int64_t begin, end;
-  const uint8_t* ahead;  // what is read next, fetched meanwhile
-  int64_t advance;       // bytes of it in each step
+  const uint8_t* ahead;      // what is read next, fetched meanwhile
+  int64_t advance;           // bytes of it in each step
 };
 
 float widen(uint16_t bf16) {
@@ -82,16 +82,18 @@ float widen(uint16_t bf16) {
 
 constexpr uint32_t kInfinity = 0x7f800000;
 
-// The largest magnitude by its bits, in which infinities and NaN come last; they make the whole row NaN.
+// Of the largest magnitude by its bits, in which infinities and NaN come last: they make the group, and so the row's
+// results, NaN. A group so small that 1 / scale overflows counts as zero.
 float code_scale(uint32_t top_bits) {
+  if (top_bits >= kInfinity) return std::numeric_limits<float>::quiet_NaN();
   float top;
   std::memcpy(&top, &top_bits, 4);
-  return top_bits < kInfinity ? top / 127 : std::numeric_limits<float>::quiet_NaN();
+  return top < 127 * std::numeric_limits<float>::min() ? 0 : top / 127;
 }
 
-// One scale for each group of inputs that share one among the weights.
+// One scale for each group of inputs, the groups of the weights.
 void quantise_portable(Activations& a, int64_t row, const float* x, int64_t width) {
-  int8_t* out = a.codes + row * a.stride;
+  int8_t* out = &a.codes[row * a.stride];
   float scale = 0, inverse = 0;
   for (int64_t s = 0; s < a.spans; ++s) {
     const int64_t begin = s * a.span, end = begin + a.span;
@@ -110,13 +112,14 @@ void quantise_portable(Activations& a, int64_t row, const float* x, int64_t widt
       out[i] = static_cast<int8_t>(i < width && inverse > 0 ? std::nearbyint(std::min(x[i] * inverse, 127.0f)) : 0);
       sum += out[i];
     }
-    *(a.scales + row * a.spans + s) = scale;
-    *(a.starts + row * a.spans + s) = -a.zero * sum;
+    a.scales[row * a.spans + s] = scale;
+    a.starts[row * a.spans + s] = -a.zero * sum;
   }
 }
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
+// Adds spans of a panel to the rows' sums, the first of all with nothing before it.
 template <int BITS>
 void tile_portable(int rows, const Matrix& m, const Tile& t) {
   for (int r = 0; r < rows; ++r)

@@ -33,10 +33,10 @@ void quantise_avx512(Activations& a, int64_t row, const float* x, int64_t width)
       const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail(i) & valid, x + i), inverse);
       const __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(127)));
       sum = _mm512_add_epi32(sum, code);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(a.codes + row * a.stride + i), _mm512_cvtsepi32_epi8(code));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(&a.codes[row * a.stride + i]), _mm512_cvtsepi32_epi8(code));
     }
-    *(a.scales + row * a.spans + s) = scale;
-    *(a.starts + row * a.spans + s) = -a.zero * _mm512_reduce_add_epi32(sum);
+    a.scales[row * a.spans + s] = scale;
+    a.starts[row * a.spans + s] = -a.zero * _mm512_reduce_add_epi32(sum);
   }
 }
 
