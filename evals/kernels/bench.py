@@ -136,17 +136,18 @@ def verdict(name: str, precision: str, T: int, times: Times, share: float) -> tu
     return f"{target_ms:g} or {least_share:.0%}", "yes" if met else "no"
 
 
-def streaming_s(shape: Shape, routing: Routing, precision: str, meter: RoofMeter) -> float:
+def streaming_s(shape: Shape, routing: Routing, precision: str, reads: Callable[[int], float]) -> float:
     """Reading every used expert once while its rows are multiplied: less than the sum of both, more than the longer.
 
-    0 where rows are many (products alone take longer) and for bf16, whose products the loop does not run.
+    ``reads`` gives bytes a second for so many products a line. 0 where rows are many (products alone take longer) and
+    for bf16, whose products the loop does not run.
     """
     used = int((torch.bincount(routing.expert_ids_P) > 0).sum())
     products = routing.num_pairs / used / BYTES[precision]
     if precision == "bf16" or products > 32:
         return 0.0
     nearest = min((4, 8, 16, 32), key=lambda n: abs(math.log(n / products)))
-    return used * shape.numbers * BYTES[precision] / meter.read_and_multiply(nearest)
+    return used * shape.numbers * BYTES[precision] / reads(nearest)
 
 
 def ragged(
@@ -175,7 +176,7 @@ def ragged(
         proportional = kinds[kind].num_pairs / (T * shape.k)
         over = spent / fixed / proportional
         read_s = least_s(shape, kinds[kind], runs[name][0], roof)
-        stream_s = streaming_s(shape, kinds[kind], runs[name][0], meter)
+        stream_s = streaming_s(shape, kinds[kind], runs[name][0], meter.read_and_multiply)
         least = max(fixed * proportional, read_s)
         bar, limit = spent / least, 1.0 + 0.02 if kind == "8.00" else RAGGED_SLACK
         met = "yes" if bar <= limit else "no"

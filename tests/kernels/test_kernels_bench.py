@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from collegium_kernels.ragged import rectangular
 
-from evals.kernels.bench import OLMOE, least_s, routing_of, verdict
+from evals.kernels.bench import OLMOE, least_s, routing_of, streaming_s, verdict
 from evals.kernels.chart import line_chart
 from evals.kernels.ggml import find_libraries
 from evals.kernels.hosts import agreed, table
@@ -40,6 +41,17 @@ def test_the_roof_is_the_longer_of_reading_and_computing() -> None:
     assert least_s(shape, few, "int8", ROOF) == pytest.approx(2 * 384 / 4e10)
     assert least_s(shape, many, "int4", ROOF) == pytest.approx(2 * 200_000 * 384 / 1e12)
     assert least_s(shape, many, "bf16", ROOF) == pytest.approx(2 * 200_000 * 384 / 5e11)
+
+
+def test_reading_while_multiplying_bounds_experts_with_few_rows() -> None:
+    rates = {8: 1e10, 16: 8e9}
+    shape = Shape(name="", E=4, F=8, D=16, k=1)
+    few = rectangular(torch.arange(4).repeat(8)[:, None], torch.ones(32, 1), num_experts=4)
+    assert streaming_s(shape, few, "int8", rates.__getitem__) == pytest.approx(4 * 384 / 1e10)
+    assert streaming_s(shape, few, "int4", rates.__getitem__) == pytest.approx(4 * 384 / 2 / 8e9)
+    assert streaming_s(shape, few, "bf16", rates.__getitem__) == 0
+    many = rectangular(torch.arange(4).repeat(40)[:, None], torch.ones(160, 1), num_experts=4)
+    assert streaming_s(shape, many, "int8", rates.__getitem__) == 0
 
 
 @pytest.mark.parametrize("mean_k", [1.0, 4.47, 8.0])
