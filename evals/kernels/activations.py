@@ -59,7 +59,7 @@ def layers_of(folder: Path, prompts: tuple[str, ...]) -> list[Layer]:
     """Each layer's inputs over the prompts, and its weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: list[list[Tensor]] = [[] for _ in model.model.layers]
     for inputs, layer in zip(seen, model.model.layers, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from collegium_kernels.ragged import rectangular
 
+from evals.kernels.activations import errors
 from evals.kernels.bench import OLMOE, least_s, routing_of, streaming_s, verdict
 from evals.kernels.chart import line_chart
 from evals.kernels.ggml import find_libraries
@@ -81,6 +82,13 @@ def test_a_chart_has_a_line_for_each_series() -> None:
     svg = line_chart("t", "x", "y", {"a & b": [(1, 2), (4, 8)], "c": [(1, 1), (4, 3)]}, log=True)
     assert svg.count('fill="none"') == 2
     assert "a &amp; b" in svg
+
+
+def test_one_scale_a_row_costs_more_than_one_a_group_where_an_input_is_large() -> None:
+    x = torch.randn(16, 256)
+    x[:, 3] *= 50
+    row, grouped = errors((x, torch.randn(96, 256), torch.randn(96, 256), torch.randn(256, 96)), 8, 32)
+    assert 0 < 2 * grouped < row < 0.2
 
 
 def test_hosts_count_equal_texts_and_the_first_other_token() -> None:
