@@ -40,9 +40,14 @@ TOP_P = {"routing": "top_p", "p": 0.6}
 GROUP = {"int8": 64, "int4": 32}
 
 
-def _quantised(name: str, precision: str, folder: str, twin: str | None, **options: Any) -> Engine:
-    quantization, made = f"collegium_{precision}", {"group": GROUP[precision], **options}
-    return Engine(name=name, folder=folder, quantization=quantization, options=made, twin=twin)
+def _quantised(name: str, precision: str, folder: str, *, twin: bool = True, top_p: bool = False) -> Engine:
+    return Engine(
+        name=name,
+        folder=folder,
+        quantization=f"collegium_{precision}",
+        options={"group": GROUP[precision], **(TOP_P if top_p else {})},
+        twin=f"one expert, {precision}" if twin else None,
+    )
 
 
 ENGINES = (
@@ -51,14 +56,14 @@ ENGINES = (
     Engine(name="collegium", folder="sparse", quantization="collegium"),
     Engine(name="collegium, top-p 0.6", folder="sparse", quantization="collegium", options=TOP_P),
     Engine(name="dense, int8 codes", folder="dense_int8"),
-    _quantised("one expert, int8", "int8", "single", None),
-    _quantised("collegium_int8", "int8", "sparse", "one expert, int8"),
-    _quantised("collegium_int8, paired", "int8", "paired", "one expert, int8"),
-    _quantised("collegium_int8, top-p 0.6", "int8", "sparse", "one expert, int8", **TOP_P),
+    _quantised("one expert, int8", "int8", "single", twin=False),
+    _quantised("collegium_int8", "int8", "sparse"),
+    _quantised("collegium_int8, paired", "int8", "paired"),
+    _quantised("collegium_int8, top-p 0.6", "int8", "sparse", top_p=True),
     Engine(name="dense, int4 codes", folder="dense_int4"),
-    _quantised("one expert, int4", "int4", "single", None),
-    _quantised("collegium_int4", "int4", "sparse", "one expert, int4"),
-    _quantised("collegium_int4, paired", "int4", "paired", "one expert, int4"),
+    _quantised("one expert, int4", "int4", "single", twin=False),
+    _quantised("collegium_int4", "int4", "sparse"),
+    _quantised("collegium_int4, paired", "int4", "paired"),
     Engine(name="dense, bf16", folder="dense", dtype="bfloat16"),
     Engine(name="stock, bf16", folder="sparse", dtype="bfloat16"),
     Engine(name="collegium, bf16", folder="sparse", dtype="bfloat16", quantization="collegium"),
@@ -250,7 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path, help="a folder with a dense Llama checkpoint")
     parser.add_argument("--work", type=Path, help="where the checkpoints are kept")
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each text")
-    parser.add_argument("--engines", nargs="+", default=[], help="names from the table; all by default")
+    parser.add_argument("--engines", nargs="+", default=[], choices=[e.name for e in ENGINES], help="all by default")
     parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
