@@ -3,8 +3,10 @@
 ``python -m evals.kernels.hosts --model MODEL_DIR --work FOLDER``. Each engine has a process of its own. The dense model
 in fp32 says what is right: its greedy texts are compared, and each engine is asked which token it would have chosen
 after every prefix of them. Beside ours stand the dense model in bf16 and the dense model with feed-forward weights that
-went through the same codes: what rounding alone changes. ``--transformers`` runs the same prompts through transformers'
-registry of experts.
+went through the same codes: what rounding alone changes. Each quantised engine also has a twin with one expert, k 1 and
+the same codes: a dense model in our arithmetic. Its texts are owed where a layer's output has the same bits, as with
+the paired router of ``upcycle``; where a token's weights are drawn, rounding of the last bit moves activation codes.
+``--transformers`` runs the same prompts through transformers' registry of experts.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,26 +33,42 @@ class Engine:
     dtype: str = "float32"
     quantization: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    twin: str | None = None
 
 
 TOP_P = {"routing": "top_p", "p": 0.6}
+GROUP = {"int8": 64, "int4": 32}
+
+
+def _quantised(name: str, precision: str, folder: str, *, twin: bool = True, top_p: bool = False) -> Engine:
+    return Engine(
+        name=name,
+        folder=folder,
+        quantization=f"collegium_{precision}",
+        options={"group": GROUP[precision], **(TOP_P if top_p else {})},
+        twin=f"one expert, {precision}" if twin else None,
+    )
+
+
 ENGINES = (
     Engine(name="dense", folder="dense"),
     Engine(name="stock", folder="sparse"),
     Engine(name="collegium", folder="sparse", quantization="collegium"),
     Engine(name="collegium, top-p 0.6", folder="sparse", quantization="collegium", options=TOP_P),
     Engine(name="dense, int8 codes", folder="dense_int8"),
-    Engine(name="collegium_int8", folder="sparse", quantization="collegium_int8", options={"group": 64}),
-    Engine(
-        name="collegium_int8, top-p 0.6", folder="sparse", quantization="collegium_int8", options={"group": 64, **TOP_P}
-    ),
+    _quantised("one expert, int8", "int8", "single", twin=False),
+    _quantised("collegium_int8", "int8", "sparse"),
+    _quantised("collegium_int8, paired", "int8", "paired"),
+    _quantised("collegium_int8, top-p 0.6", "int8", "sparse", top_p=True),
     Engine(name="dense, int4 codes", folder="dense_int4"),
-    Engine(name="collegium_int4", folder="sparse", quantization="collegium_int4", options={"group": 32}),
+    _quantised("one expert, int4", "int4", "single", twin=False),
+    _quantised("collegium_int4", "int4", "sparse"),
+    _quantised("collegium_int4, paired", "int4", "paired"),
     Engine(name="dense, bf16", folder="dense", dtype="bfloat16"),
     Engine(name="stock, bf16", folder="sparse", dtype="bfloat16"),
     Engine(name="collegium, bf16", folder="sparse", dtype="bfloat16", quantization="collegium"),
 )
-CODES = {"dense_int8": (8, 64), "dense_int4": (4, 32)}
+CODES = {"dense_int8": (8, GROUP["int8"]), "dense_int4": (4, GROUP["int4"])}
 TOPICS = (
     "the capital of France", "why the sky is blue", "how bread is baked", "what a bond is", "the water cycle",
     "how to sort a list", "the Roman Empire", "photosynthesis", "what inflation means", "how a bicycle stays up",
@@ -65,8 +84,12 @@ IMPLEMENTATIONS: dict[str, tuple[str, str, str | None]] = {
     "dense, bf16": ("dense", "bfloat16", None),
     "stock, bf16": ("sparse", "bfloat16", "eager"),
     "collegium_int8": ("sparse", "float32", "collegium_int8"),
+    "one expert, int8": ("single", "float32", "collegium_int8"),
     "dense, int8 codes": ("dense_int8", "float32", None),
+    "collegium_int8, paired": ("paired", "float32", "collegium_int8"),
     "collegium_int4": ("sparse", "float32", "collegium_int4"),
+    "one expert, int4": ("single", "float32", "collegium_int4"),
+    "collegium_int4, paired": ("paired", "float32", "collegium_int4"),
     "dense, int4 codes": ("dense_int4", "float32", None),
 }
 
@@ -78,12 +101,18 @@ def prepare(dense_source: Path, work: Path) -> None:
 
     from evals.kernels.upcycle import upcycle
 
-    missing = [name for name in ("dense", "sparse", *CODES) if not (work / name / "config.json").exists()]
+    missing = [
+        name for name in ("dense", "sparse", "single", "paired", *CODES) if not (work / name / "config.json").exists()
+    ]
     tokenizer = AutoTokenizer.from_pretrained(dense_source)
     for name in missing:
         model: Any = AutoModelForCausalLM.from_pretrained(dense_source, dtype=torch.bfloat16)
         if name == "sparse":
             model = upcycle(model)
+        elif name == "single":
+            model = upcycle(model, num_experts=1, k=1)
+        elif name == "paired":
+            model = upcycle(model, paired=True)
         elif name in CODES:
             _round(model.float(), *CODES[name])
         model.save_pretrained(work / name)
@@ -138,11 +167,11 @@ def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -
     )
 
 
-def run_vllm(work: Path, tokens: int) -> str:
+def run_vllm(work: Path, tokens: int, names: Collection[str]) -> str:
     results: dict[str, dict[str, Any]] = {}
-    for engine in ENGINES:
+    for engine in (e for e in ENGINES if e.name == "dense" or not names or e.name in names):
         wanted = results["dense"]["rows"] if results else None
-        results[engine.name] = _child(engine, work, tokens, wanted)
+        results[engine.name] = _child(engine, work, tokens, wanted) | {"twin": engine.twin}
         LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
     return table(results, tokens)
 
@@ -183,8 +212,9 @@ def run_transformers(work: Path, tokens: int) -> str:
 def table(results: dict[str, dict[str, Any]], tokens: int) -> str:
     """Each engine beside the dense model in fp32; the middle columns are over greedy texts of ``tokens`` tokens."""
     lines = [
-        "| engine | texts equal | tokens before the first other one | dense's tokens it would choose | tokens/s |",
-        "|---|---|---|---|---|",
+        "| engine | texts equal | tokens before the first other one | dense's tokens it would choose "
+        "| its twin's texts | tokens/s |",
+        "|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         pairs = list(zip(result["rows"], results["dense"]["rows"], strict=True))
@@ -192,9 +222,16 @@ def table(results: dict[str, dict[str, Any]], tokens: int) -> str:
         chosen = f"{result['chosen'] / len(pairs) / tokens:.1%}" if "chosen" in result else "-"
         lines.append(
             f"| {name} | {sum(a == b for a, b in pairs)} of {len(pairs)} | {before:.1f} of {tokens} | {chosen} "
-            f"| {result['tokens_per_s']:.1f} |"
+            f"| {_as_its_twin(result, results)} | {result['tokens_per_s']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _as_its_twin(result: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    twin = results.get(result.get("twin") or "")
+    if twin is None:
+        return "-"
+    return f"{sum(a == b for a, b in zip(result['rows'], twin['rows'], strict=True))} of {len(twin['rows'])}"
 
 
 def agreed(row: list[int], wanted: list[int]) -> int:
@@ -218,6 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path, help="a folder with a dense Llama checkpoint")
     parser.add_argument("--work", type=Path, help="where the checkpoints are kept")
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each text")
+    parser.add_argument("--engines", nargs="+", default=[], choices=[e.name for e in ENGINES], help="all by default")
     parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -228,8 +266,12 @@ def main(arguments: list[str]) -> None:
         return
     logging.basicConfig(level=logging.INFO)
     prepare(chosen.model, chosen.work)
-    run = run_transformers if chosen.transformers else run_vllm
-    sys.stdout.write(run(chosen.work, chosen.tokens))
+    made = (
+        run_transformers(chosen.work, chosen.tokens)
+        if chosen.transformers
+        else run_vllm(chosen.work, chosen.tokens, chosen.engines)
+    )
+    sys.stdout.write(made)
 
 
 if __name__ == "__main__":

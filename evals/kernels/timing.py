@@ -65,16 +65,27 @@ class RoofMeter:
             raise BackendUnavailable("the roof is measured in C++: put g++ or clang++ on PATH")
         source = Path(__file__).with_name("roof.cpp")
         self._library = ctypes.CDLL(str(compile_library(compiler, (source,), cache_folder())))
-        self._library.roof_compute.restype = self._library.roof_read.restype = ctypes.c_double
+        for name in ("roof_compute", "roof_read", "roof_read_and_multiply"):
+            getattr(self._library, name).restype = ctypes.c_double
         self._data = on_huge_pages(torch.ones(READ_BYTES, dtype=torch.uint8))
 
     def measure(self) -> Roof:
         """The best of a few tries each."""
         library, size = self._library, ctypes.c_int64
         kinds = [max(library.roof_compute(kind, size(ROUNDS)) for _ in range(BURSTS)) for kind in range(3)]
-        parts = [ctypes.c_void_p(self._data.data_ptr() + start) for start in range(0, READ_BYTES, PART_BYTES)]
-        read = max(library.roof_read(part, size(PART_BYTES)) for _ in range(10) for part in parts)
+        read = max(library.roof_read(part, size(PART_BYTES)) for _ in range(10) for part in self._parts())
         return Roof(int8=kinds[0], bf16=kinds[1], fp32=kinds[2], read=read)
+
+    def read_and_multiply(self, products: int) -> float:
+        """Bytes a second when each 64 bytes read take part in so many int8 products (4, 8, 16 or 32)."""
+        run, size = self._library.roof_read_and_multiply, ctypes.c_int64(PART_BYTES)
+        rate: float = max(run(part, size, products) for _ in range(5) for part in self._parts())
+        return rate
+
+    def _parts(self) -> list[ctypes.c_void_p]:
+        return [
+            ctypes.c_void_p(self._data.data_ptr() + start) for start in range(0, READ_BYTES - PART_BYTES, PART_BYTES)
+        ]
 
 
 def pin() -> int:

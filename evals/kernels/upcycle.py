@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def upcycle(dense: Any, *, num_experts: int = 4, k: int = 2, seed: int = 0) -> Any:
-    """A MixtralForCausalLM from a LlamaForCausalLM, in the same dtype."""
+def upcycle(dense: Any, *, num_experts: int = 4, k: int = 2, seed: int = 0, paired: bool = False) -> Any:
+    """A MixtralForCausalLM from a LlamaForCausalLM, in the same dtype.
+
+    ``paired`` gives experts 0 and 1, 2 and 3, ... the same score: a token's top-2 is one of the pairs, and its weights
+    are exactly a half each, so that the layer's output has the very bits of one expert's.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     c = dense.config
@@ -34,7 +38,12 @@ def upcycle(dense: Any, *, num_experts: int = 4, k: int = 2, seed: int = 0) -> A
     with torch.device("meta"):
         sparse = MixtralForCausalLM(config)
     sparse.to_empty(device="cpu").to(dense.dtype)
-    sparse.load_state_dict(_weights(dense.state_dict(), sparse.state_dict(), num_experts, seed), strict=False)
+    weights = _weights(dense.state_dict(), sparse.state_dict(), num_experts, seed)
+    if paired:
+        weights = {
+            n: w[::2].repeat_interleave(2, 0) if n.endswith("mlp.gate.weight") else w for n, w in weights.items()
+        }
+    sparse.load_state_dict(weights, strict=False)
     fresh = type(sparse.model.rotary_emb)(config)
     sparse.model.rotary_emb = fresh
     sparse.tie_weights()

@@ -72,12 +72,18 @@ def relative_error(w_ENK: Tensor, quantised: Quantised) -> float:
     return float((quantised.dequantise() - w_ENK.float()).norm() / w_ENK.float().norm().clamp(min=1e-30))
 
 
-def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as the kernels see them: whole numbers in [-127, 127] as fp32, and one scale a row."""
-    top_T1 = x_TK.float().abs().amax(dim=1, keepdim=True) if x_TK.shape[1] else x_TK.new_zeros(len(x_TK), 1).float()
-    scale_T1 = torch.where(top_T1.isfinite(), top_T1 / 127, torch.nan)
-    codes_TK = (x_TK.float() * torch.where(scale_T1 > 0, 1 / scale_T1, 0)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
-    return codes_TK, scale_T1
+def quantise_rows(x_TK: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Activations as the kernels see them: whole numbers in [-127, 127] as fp32, and a scale for each ``span`` inputs.
+
+    Both of shape (T, K): a scale stands beside each of its codes. A group too small for 1 / scale counts as zero.
+    """
+    T, K = x_TK.shape
+    grouped = functional.pad(x_TK.float(), (0, -K % span)).view(T, -(-K // span), span)
+    top = grouped.abs().amax(dim=2, keepdim=True)
+    whole = torch.where(top < 127 * torch.finfo(torch.float32).tiny, 0, top / 127)
+    scale = torch.where(top.isfinite(), whole, torch.nan)
+    codes = (grouped * torch.where(scale > 0, 1 / scale, 0)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+    return codes.flatten(1)[:, :K], scale.expand_as(grouped).flatten(1)[:, :K]
 
 
 def _quantise_experts(w_ENK: Tensor, bits: int, span: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ int run(int64_t T, int64_t D, int64_t F, int64_t E, int bits, int64_t group, int
   std::vector<uint16_t> s1(E * panels1 * (inputs1 / span1) * 64, 0x3c00), s2(E * panels2 * (inputs2 / span2) * 64, 0x3c00);
   std::vector<float> x(T * D), y(T * D);
   for (auto& v : x) v = static_cast<float>(rand()) / RAND_MAX - 0.5f;
+  for (int64_t i = 0; i < T * D; ++i)
+    if (i / D % 4 == 1) x[i] *= 1e-38f;  // too small for any scale
   const int64_t wild[] = {0, -1, E - 1, E, INT64_MAX, INT64_MIN, 1LL << 32, 0};
   std::vector<int64_t> indptr(T + 1), ids(2 * T);
   std::vector<float> weights(2 * T, 0.5f);
@@ -32,11 +34,11 @@ int run(int64_t T, int64_t D, int64_t F, int64_t E, int bits, int64_t group, int
 
 int main() {
   int calls = 0;
-  for (int64_t T : {0, 1, 2, 9, 33})
+  for (int64_t T : {0, 1, 2, 9, 33, 150})
     for (int bits : {4, 8})
       for (int portable : {0, 1})
         for (int64_t group : {0, 32})
-          for (int64_t width : {1, 37, 64, 130}) {
+          for (int64_t width : {1, 37, 64, 130, 700}) {
             if (run(T, width, width / 2 + 1, 3, bits, group, portable, T == 33 ? 3 : 1) != 0) return 1;
             ++calls;
           }

@@ -211,6 +211,40 @@ def test_word_experts_are_fixed_and_never_read_a_later_token() -> None:
     assert len(set(gate.routing_ids(torch.arange(1000)).tolist())) > 950
 
 
+def recalled(num_experts: int, ids: Tensor, facts: Tensor, *, steps: int = 60) -> tuple[float, MoELayer]:
+    """The share of entities whose fact a layer of word experts gives back after training, and the layer.
+
+    Words are frozen random vectors, too narrow to hold a fact: what is learnt lies in the experts.
+    """
+    torch.manual_seed(1)
+    words_TD, classes_CD = torch.randn(len(ids), 16), torch.randn(int(facts.max()) + 1, 16)
+    layer = MoELayer(WordGate(16, num_experts, routing_vocab=len(ids)), SwiGLUExperts(num_experts, 16, 4))
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.03)
+    for _ in range(steps):
+        y_TD, _ = layer(words_TD, Context(token_ids_T=ids))
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(y_TD @ classes_CD.t(), facts).backward()
+        optimiser.step()
+    with torch.no_grad():
+        answers = (layer(words_TD, Context(token_ids_T=ids))[0] @ classes_CD.t()).argmax(dim=1)
+    return float((answers == facts).float().mean()), layer
+
+
+def test_word_experts_recall_planted_facts_that_a_layer_of_equal_flops_cannot_hold() -> None:
+    ids, facts = torch.arange(256), torch.randint(0, 32, (256,))
+    recall, layer = recalled(64, ids, facts)
+    dense, _ = recalled(1, ids, facts)
+    assert recall >= 0.95
+    assert dense <= 0.4
+    # A fact lies in its entity's expert alone: without that expert its four entities forget, the others do not.
+    x, context = torch.randn(256, 16), Context(token_ids_T=ids)
+    with torch.no_grad():
+        before, _ = layer(x, context)
+        layer.experts.w_down_EDF[7] = 0
+        after, _ = layer(x, context)
+    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [7, 71, 135, 199]
+
+
 def test_mask_moe_shows_one_expert_to_rare_words_and_all_to_frequent_ones() -> None:
     rare = torch.arange(20) >= 10
     gate = MaskMoEGate(6, 4, rare_V=rare).eval()

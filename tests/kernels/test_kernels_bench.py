@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from collegium_kernels.ragged import rectangular
 
-from evals.kernels.bench import OLMOE, least_s, routing_of, verdict
+from evals.kernels.activations import errors
+from evals.kernels.bench import OLMOE, least_s, routing_of, streaming_s, verdict
 from evals.kernels.chart import line_chart
 from evals.kernels.ggml import find_libraries
 from evals.kernels.hosts import agreed, table
@@ -42,6 +44,17 @@ def test_the_roof_is_the_longer_of_reading_and_computing() -> None:
     assert least_s(shape, many, "bf16", ROOF) == pytest.approx(2 * 200_000 * 384 / 5e11)
 
 
+def test_reading_while_multiplying_bounds_experts_with_few_rows() -> None:
+    rates = {8: 1e10, 16: 8e9}
+    shape = Shape(name="", E=4, F=8, D=16, k=1)
+    few = rectangular(torch.arange(4).repeat(8)[:, None], torch.ones(32, 1), num_experts=4)
+    assert streaming_s(shape, few, "int8", rates.__getitem__) == pytest.approx(4 * 384 / 1e10)
+    assert streaming_s(shape, few, "int4", rates.__getitem__) == pytest.approx(4 * 384 / 2 / 8e9)
+    assert streaming_s(shape, few, "bf16", rates.__getitem__) == 0
+    many = rectangular(torch.arange(4).repeat(40)[:, None], torch.ones(160, 1), num_experts=4)
+    assert streaming_s(shape, many, "int8", rates.__getitem__) == 0
+
+
 @pytest.mark.parametrize("mean_k", [1.0, 4.47, 8.0])
 def test_ragged_routings_have_the_mean_they_are_asked_for(mean_k: float) -> None:
     torch.manual_seed(0)
@@ -71,12 +84,21 @@ def test_a_chart_has_a_line_for_each_series() -> None:
     assert "a &amp; b" in svg
 
 
+def test_one_scale_a_row_costs_more_than_one_a_group_where_an_input_is_large() -> None:
+    x = torch.randn(16, 256)
+    x[:, 3] *= 50
+    row, grouped = errors((x, torch.randn(96, 256), torch.randn(96, 256), torch.randn(256, 96)), 8, 32)
+    assert 0 < 2 * grouped < row < 0.2
+
+
 def test_hosts_count_equal_texts_and_the_first_other_token() -> None:
     assert [agreed(row, [1, 2, 3]) for row in ([1, 2, 3], [1, 9, 3], [4, 2, 3])] == [3, 1, 0]
     dense = {"rows": [[1, 2], [3, 4]], "tokens_per_s": 2.0, "chosen": 4}
     other = {"rows": [[1, 2], [3, 5]], "tokens_per_s": 4.0, "chosen": 3}
-    last = table({"dense": dense, "other": other}, 2).splitlines()[-1]
-    assert last == "| other | 1 of 2 | 1.5 of 2 | 75.0% | 4.0 |"
+    twin = {**dense, "rows": [[1, 9], [3, 5]]}
+    lines = table({"dense": dense, "one": twin, "other": {**other, "twin": "one"}}, 2).splitlines()
+    assert lines[-1] == "| other | 1 of 2 | 1.5 of 2 | 75.0% | 1 of 2 | 4.0 |"
+    assert lines[2] == "| dense | 2 of 2 | 2.0 of 2 | 100.0% | - | 2.0 |"
 
 
 def test_llama_cpp_takes_part_only_where_its_libraries_are(tmp_path: Path) -> None:

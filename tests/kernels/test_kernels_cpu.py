@@ -72,11 +72,12 @@ def test_zero_weights_and_nan_weights() -> None:
 
 
 def test_activation_codes() -> None:
-    codes, scale = quantise_rows(torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [float("nan"), 1, 1]]))
-    assert codes[0].tolist() == [64, -127, 32]
-    torch.testing.assert_close(scale[0], torch.tensor([2 / 127]))
+    codes, scales = quantise_rows(torch.tensor([[1.0, -2.0, 0.5], [0, 0, 0], [float("nan"), 1, 1]]), 2)
+    assert codes[0].tolist() == [64, -127, 127]
+    torch.testing.assert_close(scales[0], torch.tensor([2, 2, 0.5]) / 127)
     assert codes[1].tolist() == [0, 0, 0]
-    assert scale[2].isnan()
+    assert scales[2].isnan().tolist() == [True, True, False]
+    assert quantise_rows(torch.zeros(0, 5), 32)[0].shape == quantise_rows(torch.zeros(0, 5), 32)[1].shape == (0, 5)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (8, 16), (4, 256)])
@@ -107,7 +108,7 @@ def test_close_to_the_dequantised_reference(
 @needs_compiler
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("T", [0, 1, 2, 7, 9, 65, 257])
-@pytest.mark.parametrize(("E", "D", "F"), [(1, 1, 1), (7, 33, 17), (64, 8, 8)])
+@pytest.mark.parametrize(("E", "D", "F"), [(1, 1, 1), (7, 33, 17), (64, 8, 8), (2, 600, 300)])
 def test_native_equals_the_emulation_on_edge_shapes(
     precision: str, T: int, E: int, D: int, F: int, folder: Path, make_experts: Make, make_routing: Make
 ) -> None:
@@ -132,20 +133,22 @@ def test_identity_zero_and_static_pairs(way: str, folder: Path, make_experts: Ma
 
 @pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("E", "D", "F", "group"), [(6, 70, 40, 128), (1, 700, 300, 0), (1, 700, 300, 64)])
 def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_two_threads(
-    way: str, precision: str, folder: Path, make_experts: Make
+    way: str, precision: str, E: int, D: int, F: int, group: int, folder: Path, make_experts: Make
 ) -> None:
-    x, (gate_up, down) = torch.randn(29, 70), make_experts(6, 70, 40)
-    ids, weights = torch.randint(-1, 6, (29, 2)), torch.rand(29, 2)
-    run = backend(way, folder).prepare(weights_of(gate_up, down, precision))
-    whole = run(x, from_topk(ids, weights, num_experts=6))
+    """One expert has rows for several tiles, which share unpacked slices; a row alone does not."""
+    x, (gate_up, down) = torch.randn(29, D), make_experts(E, D, F)
+    ids, weights = torch.randint(-1, E, (29, 2)), torch.rand(29, 2)
+    run = backend(way, folder).prepare(weights_of(gate_up, down, precision, group))
+    whole = run(x, from_topk(ids, weights, num_experts=E))
     for some in (slice(0, 1), slice(4, 9), slice(28, 29)):
-        assert torch.equal(run(x[some], from_topk(ids[some], weights[some], num_experts=6)), whole[some])
+        assert torch.equal(run(x[some], from_topk(ids[some], weights[some], num_experts=E)), whole[some])
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(run(x, from_topk(ids, weights, num_experts=6)), whole)
+            assert torch.equal(run(x, from_topk(ids, weights, num_experts=E)), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -157,6 +160,24 @@ def test_nan_stays_with_its_token_and_its_expert(way: str, folder: Path, make_ex
     routing = rectangular(torch.tensor([[0], [1], [0], [2]]), torch.ones(4, 1), num_experts=3)
     got = backend(way, folder).prepare(weights_of(gate_up, down))(x, routing)
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_large_activation_costs_its_own_group_precision_and_no_other(
+    way: str, precision: str, folder: Path, make_experts: Make
+) -> None:
+    """Models have such activations: one scale for the row would cost every input its bits."""
+    x, experts = torch.randn(16, 512), make_experts(1, 512, 256)
+    x[:, 3] *= 100
+    routing = rectangular(torch.zeros(16, 1, dtype=torch.long), torch.ones(16, 1), num_experts=1)
+    errors = []
+    for group in (32, 0):
+        known = [quantise(w, bits=BITS[precision], group=group).dequantise() for w in experts]
+        run = backend(way, folder).prepare(weights_of(*experts, precision, group))
+        errors.append(off(run(x, routing), reference_moe(x, *known, routing)))
+    assert errors[0] <= 0.04
+    assert errors[1] >= 3 * errors[0]
 
 
 @needs_compiler

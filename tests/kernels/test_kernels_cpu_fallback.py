@@ -166,13 +166,13 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.Monke
 
 def test_emulation_is_its_own_definition(make_experts: Make, make_routing: Make) -> None:
     x, (gate_up, down), routing = torch.randn(6, 40), make_experts(3, 40, 24), make_routing(6, 3)
-    q1, q2 = quantise(gate_up, bits=8, group=0), quantise(down, bits=8, group=0)
-    codes, scale = quantise_rows(x)
+    q1, q2 = quantise(gate_up, bits=8, group=32), quantise(down, bits=8, group=32)
+    codes, scales = quantise_rows(x, 32)
     wanted = torch.zeros_like(x)
     for t in range(6):
         for p in range(int(routing.indptr_T1[t]), int(routing.indptr_T1[t + 1])):
             e = int(routing.expert_ids_P[p])
-            gate, up = (q1.dequantise()[e] @ codes[t] * scale[t]).chunk(2)
-            hidden, hidden_scale = quantise_rows((torch.nn.functional.silu(gate) * up)[None])
-            wanted[t] += routing.weights_P[p] * (q2.dequantise()[e] @ hidden[0] * hidden_scale[0])
+            gate, up = (q1.dequantise()[e] @ (codes[t] * scales[t])).chunk(2)
+            hidden, hidden_scales = quantise_rows((torch.nn.functional.silu(gate) * up)[None], 32)
+            wanted[t] += routing.weights_P[p] * (q2.dequantise()[e] @ (hidden[0] * hidden_scales[0]))
     torch.testing.assert_close(emulated_moe(x, q1, q2, routing), wanted, atol=1e-5, rtol=1e-4)

@@ -43,6 +43,26 @@ def test_an_upcycled_model_answers_as_the_dense_one(dense: Any, name: str, bound
 
 
 @needs_transformers
+@pytest.mark.parametrize("name", ["collegium_int8", "collegium_int4"])
+def test_quantised_experts_change_nothing_but_the_arithmetic_of_the_codes(dense: Any, name: str) -> None:
+    """Two equal experts at a half each, chosen by the token, have the bits of one expert with the same codes."""
+    from collegium_kernels.transformers_experts import register
+
+    from evals.kernels.upcycle import upcycle
+
+    register()
+    one, paired = upcycle(dense, num_experts=1, k=1), upcycle(dense, paired=True)
+    for model in (one, paired):
+        model.set_experts_implementation(name)
+    ids = torch.randint(3, 97, (2, 17))
+    with torch.no_grad():
+        got = paired(ids, output_router_logits=True)
+        assert torch.equal(got.logits, one(ids).logits)
+    chosen = {tuple(sorted(row)) for row in torch.cat(got.router_logits).topk(2).indices.tolist()}
+    assert chosen == {(0, 1), (2, 3)}
+
+
+@needs_transformers
 def test_experts_that_are_not_swiglu_are_refused(dense: Any) -> None:
     from collegium_kernels.transformers_experts import register
 

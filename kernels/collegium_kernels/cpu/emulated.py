@@ -28,7 +28,7 @@ def emulated_moe(x_TD: Tensor, gate_up: Quantised, down: Quantised, routing: Rou
 
 
 def _product(x_PK: Tensor, weights: Quantised, expert: int) -> Tensor:
-    codes_PK, scale_P1 = quantise_rows(x_PK)
+    codes_PK, scales_PK = quantise_rows(x_PK, weights.span)
     one = Quantised(
         codes_ENK=weights.codes_ENK[expert : expert + 1],
         scales_ENG=weights.scales_ENG[expert : expert + 1],
@@ -36,4 +36,4 @@ def _product(x_PK: Tensor, weights: Quantised, expert: int) -> Tensor:
         group=weights.group,
         inputs=weights.inputs,
     )
-    return steady_mm(codes_PK, one.dequantise()[0]) * scale_P1
+    return steady_mm(codes_PK * scales_PK, one.dequantise()[0])

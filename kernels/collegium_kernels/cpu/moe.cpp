@@ -3,7 +3,8 @@
 // Weights are unsigned codes c with value (c - zero) * scale; a scale covers `group` codes of a row. A panel holds 64
 // output columns: for each step of 4 inputs, 64 columns x 4 codes; int4 puts two steps in the halves of a byte. Panels
 // of the first product hold 32 gate columns, then the 32 up columns that belong to them.
-// The zero is subtracted by starting each integer sum at -zero * (sum of the activations of the group).
+// Activations are signed and have a scale for the same groups. The zero is subtracted by starting each integer sum at
+// -zero * (sum of the activations).
 // Every sum runs over the inputs in order and every token adds its experts in order of their number, so a token's
 // result has the same bits whatever the batch and the number of threads.
 #include <new>
@@ -16,12 +17,14 @@
 
 namespace {
 
-using TileFunction = void (*)(int, const Matrix&, const uint8_t*, const uint16_t*, int64_t, int64_t, const Tile&);
+using TileFunction = void (*)(int, const Matrix&, const Tile&);
 
 struct Code {
   TileFunction tile;
+  TileFunction unpacked;  // for int4 codes that `unpack` made bytes; none in the portable code
+  void (*unpack)(const uint8_t*, int64_t, uint8_t*);
   void (*quantise)(Activations&, int64_t, const float*, int64_t);
-  void (*swiglu)(const float*, float, float*);
+  void (*swiglu)(const float*, float*);
 };
 
 bool has_vnni() {
@@ -35,9 +38,11 @@ bool has_vnni() {
 
 Code pick(int bits, bool portable) {
 #if defined(__x86_64__)
-  if (!portable && has_vnni()) return {bits == 8 ? tile_avx512<8> : tile_avx512<4>, quantise_avx512, swiglu_avx512};
+  if (!portable && has_vnni())
+    return {bits == 8 ? tile_avx512<8> : tile_avx512<4>, tile_avx512<8>, bits == 8 ? nullptr : unpack_avx512,
+            quantise_avx512, swiglu_avx512};
 #endif
-  return {bits == 8 ? tile_portable<8> : tile_portable<4>, quantise_portable, swiglu_portable};
+  return {bits == 8 ? tile_portable<8> : tile_portable<4>, nullptr, nullptr, quantise_portable, swiglu_portable};
 }
 
 template <typename Work>
@@ -70,28 +75,44 @@ struct Rows {
   }
 };
 
+constexpr int kUnpack = 3;  // tiles that share a slice: so many pay for unpacking it first
+
 struct Sums {
   float row[kBlock][kColumns];
+  alignas(64) uint8_t slice[kColumns * kSpan];  // of int4 codes, unpacked
 };
 
-// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them.
+// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them, and each of them
+// fetches its part of the next slice: memory is read all the time.
 template <typename RowOf>
 void panel_sums(const Code& code, const Matrix& m, int64_t e, int64_t p, const Activations& a, int count, RowOf row_of,
                 Sums& sums) {
-  std::memset(sums.row, 0, sizeof(sums.row[0]) * count);
-  for (int64_t begin = 0; begin < m.spans; begin += m.spans_per_slice) {
-    const int64_t end = std::min(begin + m.spans_per_slice, m.spans);
-    for (int first = 0; first < count; first += kRows) {
-      const int rows = std::min(kRows, count - first);
-      Tile t;
-      t.fetch = first == 0;
+  const int tiles = (count + kRows - 1) / kRows;
+  Tile t;
+  t.w_scales = m.scale(e, p);
+  const bool unpack = code.unpack != nullptr && tiles >= kUnpack;
+  t.advance = (kStepBytes / (unpack ? 2 : 1) + tiles - 1) / tiles;
+  for (t.begin = 0; t.begin < m.spans; t.begin = t.end) {
+    t.end = std::min(t.begin + m.spans_per_slice, m.spans);
+    t.w = m.panel(e, p) + t.begin * m.bytes_per_span;
+    const int64_t bytes = (t.end - t.begin) * m.bytes_per_span;
+    const uint8_t* next = t.w + bytes;
+    if (unpack) {
+      code.unpack(t.w, bytes, sums.slice);
+      t.w = sums.slice;
+    }
+    for (int i = 0, first = 0; i < tiles; ++i) {
+      const int rows = (count - first) / (tiles - i);
+      t.ahead = next + i * bytes / tiles;
+      t.out = sums.row[first];
       for (int r = 0; r < rows; ++r) {
         const int64_t row = row_of(first + r);
-        t.a[r] = &a.codes[row * a.inputs];
-        t.sums[r] = &a.sums[row * a.spans];
-        t.out[r] = sums.row[first + r];
+        t.a[r] = &a.codes[row * a.stride];
+        t.scales[r] = &a.scales[row * a.spans];
+        t.starts[r] = &a.starts[row * a.spans];
       }
-      code.tile(rows, m, m.panel(e, p), m.scale(e, p), begin, end, t);
+      (unpack ? code.unpacked : code.tile)(rows, m, t);
+      first += rows;
     }
   }
 }
@@ -130,7 +151,7 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
     for (int64_t t = begin; t < end; ++t)
       if (indptr[t + 1] > indptr[t]) code.quantise(in, t, x + t * D, D);
   });
-  std::vector<float> hidden(count * up.panels * 32);
+  const Buffer<float> hidden(count * up.panels * 32);
   parallel(threads, E * up.panels, [&](int64_t begin, int64_t end) {
     Sums sums;
     for (int64_t item = begin; item < end; ++item) {
@@ -139,7 +160,7 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
         const auto token = [&](int r) { return rows.tokens[first + r]; };
         panel_sums(code, up, e, p, in, n, token, sums);
         for (int r = 0; r < n; ++r)
-          code.swiglu(sums.row[r], in.scales[token(r)], &hidden[(first + r) * up.panels * 32 + p * 32]);
+          code.swiglu(sums.row[r], &hidden[(first + r) * up.panels * 32 + p * 32]);
       });
     }
   });
@@ -156,7 +177,7 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
           const int64_t width = std::min<int64_t>(kColumns, D - p * kColumns);
           for (int r = 0; r < n; ++r) {
             float* out = y + rows.tokens[first + r] * D + p * kColumns;
-            const float weight = weights[rows.pairs[first + r]] * mid.scales[first + r];
+            const float weight = weights[rows.pairs[first + r]];
             for (int64_t c = 0; c < width; ++c) out[c] += weight * sums.row[r][c];
           }
         });

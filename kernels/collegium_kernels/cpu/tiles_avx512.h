@@ -17,38 +17,51 @@ void quantise_avx512(Activations& a, int64_t row, const float* x, int64_t width)
   const auto tail = [&](int64_t i) {
     return static_cast<__mmask16>(width - i >= 16 ? 0xffff : (1 << std::max<int64_t>(width - i, 0)) - 1);
   };
-  __m512i top = _mm512_setzero_si512();
-  for (int64_t i = 0; i < width; i += 16)
-    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_maskz_loadu_epi32(tail(i), x + i), magnitude));
-  const float scale = a.scales[row] = row_scale(_mm512_reduce_max_epu32(top));
-  const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
-  const __mmask16 valid = scale > 0 ? 0xffff : 0;
+  float scale = 0;
   for (int64_t s = 0; s < a.spans; ++s) {
+    const int64_t begin = s * a.span, end = begin + a.span;
+    if (s % a.spans_per_group == 0) {
+      __m512i top = _mm512_setzero_si512();
+      for (int64_t i = begin; i < std::min(begin + a.span * a.spans_per_group, width); i += 16)
+        top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_maskz_loadu_epi32(tail(i), x + i), magnitude));
+      scale = code_scale(_mm512_reduce_max_epu32(top));
+    }
+    const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
+    const __mmask16 valid = scale > 0 ? 0xffff : 0;
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = s * a.span; i < (s + 1) * a.span; i += 16) {
+    for (int64_t i = begin; i < end; i += 16) {
       const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail(i) & valid, x + i), inverse);
       const __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(127)));
       sum = _mm512_add_epi32(sum, code);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(&a.codes[row * a.inputs + i]), _mm512_cvtsepi32_epi8(code));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(&a.codes[row * a.stride + i]), _mm512_cvtsepi32_epi8(code));
     }
-    a.sums[row * a.spans + s] = _mm512_reduce_add_epi32(sum);
+    a.scales[row * a.spans + s] = scale;
+    a.starts[row * a.spans + s] = -a.zero * _mm512_reduce_add_epi32(sum);
   }
 }
 
-constexpr int kAhead = 4096;  // bytes: hides memory behind the page that is being read
+constexpr int kAhead = 2048;  // bytes: of what is read next, to L1
 
 // The product is inline assembly because GCC 12 copies every accumulator around the intrinsic: 30 % of the time.
-template <int ROWS, int BITS, bool FETCH>
-void tile_rows(const Matrix& m, const uint8_t* w, const uint16_t* scales, int64_t begin, int64_t end, const Tile& t) {
-  constexpr int zero = BITS == 8 ? 128 : 8;
+template <int ROWS, int BITS, int LINES>
+void tile_rows(const Matrix& m, const Tile& t) {
   constexpr int step = BITS == 8 ? 4 : 8;
   const __m512i low = _mm512_set1_epi8(15);
-  w += begin * m.span * m.bytes_per_input;
-  for (int64_t s = begin; s < end; ++s) {
+  const uint8_t* w = t.w;
+  const char* ahead = reinterpret_cast<const char*>(t.ahead);
+  const uint16_t* w_scales = t.w_scales + t.begin / m.spans_per_group * kColumns;
+  int64_t in_group = t.begin % m.spans_per_group;
+  float* const sums = t.out;  // not read again after each store
+  for (int64_t s = t.begin; s < t.end; ++s) {
     __m512i sum[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_set1_epi32(-zero * t.sums[r][s]);
-    for (int64_t k = s * m.span; k < (s + 1) * m.span; k += step, w += kColumns * 4) {
+      for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_set1_epi32(t.starts[r][s]);
+    for (int64_t k = s * m.span; k < (s + 1) * m.span; k += step, w += kStepBytes) {
+      for (int line = 0; line < LINES; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
+      ahead += t.advance;
+      // Where each line is used once, fetching it to L1 as well pays; with more rows it does not.
+      for (int line = 0; LINES == 4 && line < LINES; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + line * 64, _MM_HINT_T0);
       for (int half = 0; half < step / 4; ++half) {
         __m512i a[ROWS];
         for (int r = 0; r < ROWS; ++r) {
@@ -57,7 +70,6 @@ void tile_rows(const Matrix& m, const uint8_t* w, const uint16_t* scales, int64_
           a[r] = _mm512_set1_epi32(four);
         }
         for (int c = 0; c < 4; ++c) {
-          if (FETCH && half == 0) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + c * 64), _MM_HINT_T0);
           const __m512i code = _mm512_loadu_si512(w + c * 64);
           const __m512i shifted = half ? _mm512_srli_epi16(code, 4) : code;
           const __m512i u = BITS == 8 ? code : _mm512_and_si512(shifted, low);
@@ -65,36 +77,56 @@ void tile_rows(const Matrix& m, const uint8_t* w, const uint16_t* scales, int64_
         }
       }
     }
-    const uint16_t* scale_row = scales + s / m.spans_per_group * kColumns;
+    __m512 scale[4];
+    for (int line = 0; line < 2; ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(w_scales) + kAhead + line * 64, _MM_HINT_T0);
     for (int c = 0; c < 4; ++c) {
-      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale_row + c * 16));
-      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      for (int r = 0; r < ROWS; ++r) {
-        float* out = t.out[r] + c * 16;
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), scale, _mm512_loadu_ps(out)));
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w_scales + c * 16));
+      scale[c] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512 mine = _mm512_set1_ps(t.scales[r][s]);
+      for (int c = 0; c < 4; ++c) {
+        float* out = sums + r * kColumns + c * 16;
+        const __m512 before = s > 0 ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
+        _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), _mm512_mul_ps(scale[c], mine), before));
       }
+    }
+    if (++in_group == m.spans_per_group) {
+      in_group = 0;
+      w_scales += kColumns;
     }
   }
 }
 
-template <int BITS, bool FETCH>
-void tile_by_rows(int rows, const Matrix& m, const uint8_t* w, const uint16_t* s, int64_t begin, int64_t end,
-                 const Tile& t) {
+template <int BITS, int LINES>
+void tile_by_rows(int rows, const Matrix& m, const Tile& t) {
   switch (rows) {
-    case 1: return tile_rows<1, BITS, FETCH>(m, w, s, begin, end, t);
-    case 2: return tile_rows<2, BITS, FETCH>(m, w, s, begin, end, t);
-    case 3: return tile_rows<3, BITS, FETCH>(m, w, s, begin, end, t);
-    case 4: return tile_rows<4, BITS, FETCH>(m, w, s, begin, end, t);
-    case 5: return tile_rows<5, BITS, FETCH>(m, w, s, begin, end, t);
-    default: return tile_rows<6, BITS, FETCH>(m, w, s, begin, end, t);
+    case 1: return tile_rows<1, BITS, LINES>(m, t);
+    case 2: return tile_rows<2, BITS, LINES>(m, t);
+    case 3: return tile_rows<3, BITS, LINES>(m, t);
+    case 4: return tile_rows<4, BITS, LINES>(m, t);
+    case 5: return tile_rows<5, BITS, LINES>(m, t);
+    default: return tile_rows<6, BITS, LINES>(m, t);
   }
 }
 
 template <int BITS>
-void tile_avx512(int rows, const Matrix& m, const uint8_t* w, const uint16_t* s, int64_t begin, int64_t end,
-                 const Tile& t) {
-  t.fetch ? tile_by_rows<BITS, true>(rows, m, w, s, begin, end, t)
-          : tile_by_rows<BITS, false>(rows, m, w, s, begin, end, t);
+void tile_avx512(int rows, const Matrix& m, const Tile& t) {
+  if (t.advance <= 64) return tile_by_rows<BITS, 1>(rows, m, t);
+  if (t.advance <= 128) return tile_by_rows<BITS, 2>(rows, m, t);
+  return tile_by_rows<BITS, 4>(rows, m, t);
+}
+
+// int4 codes of whole steps as bytes: where many rows share a slice, its halves are taken apart once.
+void unpack_avx512(const uint8_t* w, int64_t bytes, uint8_t* out) {
+  const __m512i low = _mm512_set1_epi8(15);
+  for (; bytes > 0; bytes -= kStepBytes, w += kStepBytes, out += 2 * kStepBytes)
+    for (int c = 0; c < kStepBytes; c += 64) {
+      const __m512i code = _mm512_loadu_si512(w + c);
+      _mm512_store_si512(out + c, _mm512_and_si512(code, low));
+      _mm512_store_si512(out + kStepBytes + c, _mm512_and_si512(_mm512_srli_epi16(code, 4), low));
+    }
 }
 
 // exp by 2^n * polynomial, relative error below 1e-6; the ends saturate.
@@ -109,10 +141,9 @@ __m512 exp_avx512(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-void swiglu_avx512(const float* sums, float scale, float* hidden) {
+void swiglu_avx512(const float* sums, float* hidden) {
   for (int c = 0; c < 32; c += 16) {
-    const __m512 gate = _mm512_mul_ps(_mm512_loadu_ps(sums + c), _mm512_set1_ps(scale));
-    const __m512 up = _mm512_mul_ps(_mm512_loadu_ps(sums + c + 32), _mm512_set1_ps(scale));
+    const __m512 gate = _mm512_loadu_ps(sums + c), up = _mm512_loadu_ps(sums + c + 32);
     const __m512 e = exp_avx512(_mm512_sub_ps(_mm512_setzero_ps(), gate));
     const __m512 s = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1), e));
     _mm512_storeu_ps(hidden + c, _mm512_mul_ps(s, up));
