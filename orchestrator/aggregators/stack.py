@@ -186,7 +186,7 @@ def _options(heard: _Heard, question: str) -> Options:
     traits = np.zeros((1, width, len(TRAITS)), np.float32)
     if listed:
         traits[0, :-1] = option_traits(listed, question)
-    return Options(traits_QOT=traits, grams=Grams.of([listed], width))
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width), asked=Grams.of_questions([question]))
 
 
 def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
