@@ -74,7 +74,11 @@ class BestOf:
         return [by_content[_content(a)] for a in answers]
 
     def _trace(
-        self, ranked: Sequence[Completion], speaking: Sequence[Completion], scores: Sequence[Score], notes: Sequence[str]
+        self,
+        ranked: Sequence[Completion],
+        speaking: Sequence[Completion],
+        scores: Sequence[Score],
+        notes: Sequence[str],
     ) -> JSON:
         by_id = {id(c): score for c, score in zip(speaking, scores, strict=True)}
         answers = [{"expert_id": c.expert_id, **_told(by_id.get(id(c)))} for c in ranked]

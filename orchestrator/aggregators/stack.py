@@ -52,6 +52,8 @@ class Stacked:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"aggregator 'stack': 'threshold' is a probability from 0 to 1, got {threshold}.")
         self._fitted = artefact.load(parts.artefact)
+        if self._fitted.stack.prior is not None:
+            self._fitted.stack.prior.neighbours.prepare()
         self._columns = _columns(self._fitted.expert_ids, list(parts.experts), names or {})
         self._threshold = self._fitted.stack.threshold if threshold is None else threshold
         self._extract = make_extract(extract)

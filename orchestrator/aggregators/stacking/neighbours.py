@@ -54,6 +54,10 @@ class Neighbours:
             if int(grams.counts_C.sum()) != len(grams.columns_G) or (grams.counts_C < 0).any():
                 raise ValueError("neighbours: grams and their counts do not fit")
 
+    def prepare(self) -> None:
+        """Weighs the grams now: a second for thousands of questions, which no request should wait for."""
+        _ = self._asked, self._options
+
     def hints(self, options: Options, open_QO: Array, *, are_own: bool = False) -> Array:
         """(Q, O, H). ``are_own``: the questions are those learned from, and none is its own neighbour."""
         hints_QOH = np.zeros((*open_QO.shape, HINTS), np.float32)

@@ -1,8 +1,9 @@
 """The options' prior: how often options that stand out so were the right one, by a small network.
 
-One hidden layer over the traits and the neighbours' hints, and a weight for each gram of the wording, softmax over the options of a question,
-fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q questions, O options, T traits
-and hints, H hidden units, M members, N columns of grams, R options of all questions in a row.
+One hidden layer over the traits and the neighbours' hints, and a weight for each gram of the wording, softmax over the
+options of a question, fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q
+questions, O options, T traits and hints, H hidden units, M members, N columns of grams, R options of all questions in a
+row.
 """
 
 from dataclasses import dataclass
