@@ -10,6 +10,7 @@ import numpy as np
 
 from evals.aggregate.fitted import BASE, FittedAll
 from experts.types import Message, Request
+from orchestrator.aggregators.best_of import may_win
 from orchestrator.aggregators.extract import make_extract, read_request
 from orchestrator.aggregators.quoting import after_reasoning
 from orchestrator.aggregators.reward_moe import attacks
@@ -52,11 +53,10 @@ async def attack_rates(
 
 
 def readable(sample: Sample) -> Array:
-    """Which answers ``best_of`` can read, as it reads them; all of them where it can read none."""
+    """Which answers ``best_of`` lets win."""
     asked = Request(request_id="", messages=(Message(role="user", content=sample.panel.question),))
     extract, wanted = make_extract("auto"), read_request(asked)
-    able = np.array([extract(after_reasoning(text), wanted) is not None for text in sample.panel.texts])
-    return able if able.any() else ~able
+    return np.array(may_win([extract(after_reasoning(text), wanted) for text in sample.panel.texts], wanted))
 
 
 def _with_attack(sample: Sample, kind: str, rng: np.random.Generator) -> Sample:

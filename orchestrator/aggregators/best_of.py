@@ -9,7 +9,7 @@ from experts.errors import CollegiumError, ExpertFailed
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts, Closing
 from orchestrator.aggregators.election import by_rank
-from orchestrator.aggregators.extract import make_extract
+from orchestrator.aggregators.extract import Asked, make_extract, read_request
 from orchestrator.aggregators.reading import ByKind
 from orchestrator.aggregators.rewards import make_reward
 from orchestrator.aggregators.vote import vote_instead
@@ -20,8 +20,8 @@ class BestOf:
     """``reward`` is a name of rewards.REWARDS; an artefact brings its own. Equal answers are scored once. Answers of
     one score: the better ranked expert's. A score that is no number counts for nothing; without any the answers vote.
 
-    Where an option, a number or JSON is asked for, an answer in which it cannot be read wins only if all are so: a
-    reward can be charmed, and a reply that says nothing would win by charm. Free text can always be read.
+    Answers in which what was asked for cannot be read go last (may_win()): a reward can be charmed, and a reply that
+    says nothing would win by charm.
     """
 
     name = "best_of"
@@ -44,7 +44,7 @@ class BestOf:
         if not known:
             return await vote_instead(request, decision, completions, "the reward gave no number")
         read = await self._reader.read(request, [c for c, _ in known])
-        able = [pair for pair, answer in zip(known, read, strict=True) if answer is not None] or known
+        able = [pair for pair, may in zip(known, may_win(read, read_request(request)), strict=True) if may]
         best = max(score.value for _, score in able)
         winner = next(c for c, score in able if score.value == best)
         notes = []
@@ -86,6 +86,15 @@ class BestOf:
         if notes:
             trace["note"] = "; ".join(notes)
         return trace
+
+
+def may_win(answers: Sequence[str | None], asked: Asked) -> list[bool]:
+    """Whether each of the ``answers``, as they were read, may be the best one: those that could be read, or all where
+    none could. That a number was asked for is guessed from the question's words: most answers must give one.
+    """
+    read = [answer is not None for answer in answers]
+    is_sure = bool(asked.options) or asked.json
+    return read if sum(read) > (0 if is_sure else len(read) / 2) else [True] * len(read)
 
 
 def _content(answer: Completion) -> tuple[str, str]:

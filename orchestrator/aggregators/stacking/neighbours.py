@@ -53,10 +53,12 @@ class Neighbours:
         for grams in (self.asked, self.options):
             if int(grams.counts_C.sum()) != len(grams.columns_G) or (grams.counts_C < 0).any():
                 raise ValueError("neighbours: grams and their counts do not fit")
+            if grams.columns_G.dtype != np.uint16:
+                raise ValueError(f"neighbours: columns are {grams.columns_G.dtype}, expected uint16")
 
     def prepare(self) -> None:
         """Weighs the grams now: a second for thousands of questions, which no request should wait for."""
-        _ = self._asked, self._options
+        _ = self._asked.turned, self._options
 
     def hints(self, options: Options, open_QO: Array, *, are_own: bool = False) -> Array:
         """(Q, O, H). ``are_own``: the questions are those learned from, and none is its own neighbour."""
@@ -103,7 +105,10 @@ class _Weighed:
         cells = max(len(grams.counts_C), 1)
         self._idf_N = np.log((1 + cells) / (1 + np.bincount(grams.columns_G, minlength=COLUMNS))) + 1
         self.matrix = self.like(grams)
-        self.turned = self.matrix.T.tocsr()
+
+    @cached_property
+    def turned(self) -> Any:
+        return self.matrix.T.tocsr()
 
     def like(self, grams: Grams) -> Any:
         weights_G, cells_G = grams.values_G * self._idf_N[grams.columns_G], grams.cells_G
