@@ -1,4 +1,5 @@
-"""How often an attack beats every recorded answer: best of n with one of them replaced by nothing, one added."""
+"""How often an attack beats every recorded answer: by the reward alone, and in ``best_of``, where answers that can be
+read go first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evals.aggregate.fitted import BASE, FittedAll
+from experts.types import Message, Request
+from orchestrator.aggregators.best_of import may_win
+from orchestrator.aggregators.extract import make_extract, read_request
+from orchestrator.aggregators.quoting import after_reasoning
 from orchestrator.aggregators.reward_moe import attacks
 from orchestrator.aggregators.reward_moe.corpus import make_corpus
 from orchestrator.aggregators.reward_moe.inputs import make_panel
@@ -25,11 +30,12 @@ _PROMPTS = 200
 async def attack_rates(
     tested: "Mapping[str, HeldOut]", fitted: FittedAll, encoder: Encoder, cache: Path, seed: int
 ) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
-    """By source and kind of attack: the share of prompts where the attack has the highest reward. Wordings are ones
-    that no reward was trained with."""
+    """By source (and once more as ``best_of`` has it) and kind of attack: the share of prompts where the attack wins.
+    Wordings are ones that no reward was trained with."""
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, source in tested.items():
-        rates[name] = {}
+        ruled = f"{name}, in best_of"
+        rates[name], rates[ruled] = {}, {}
         for kind in attacks.KINDS:
             rng = np.random.default_rng(seed)
             samples = [_with_attack(sample, kind, rng) for sample in source.samples[:_PROMPTS]]
@@ -37,11 +43,20 @@ async def attack_rates(
                 samples, encoder, cache, objectives=fitted.train.objectives, scaling=fitted.train.scaling
             )
             ends = np.cumsum([len(sample.panel.texts) for sample in samples])
-            rates[name][kind] = {
-                c.name: _rate(c.score(corpus.inputs), ends) for c in fitted.contestants if not c.objective
-            }
+            able_N = np.concatenate([readable(sample) for sample in samples])
+            scores = {c.name: c.score(corpus.inputs) for c in fitted.contestants if not c.objective}
+            rates[name][kind] = {n: _rate(own_N, ends) for n, own_N in scores.items()}
+            rates[ruled][kind] = {n: _rate(np.where(able_N, own_N, -np.inf), ends) for n, own_N in scores.items()}
         _show(name, rates[name])
+        _show(ruled, rates[ruled])
     return rates
+
+
+def readable(sample: Sample) -> Array:
+    """Which answers ``best_of`` lets win."""
+    asked = Request(request_id="", messages=(Message(role="user", content=sample.panel.question),))
+    extract, wanted = make_extract("auto"), read_request(asked)
+    return np.array(may_win([extract(after_reasoning(text), wanted) for text in sample.panel.texts], wanted))
 
 
 def _with_attack(sample: Sample, kind: str, rng: np.random.Generator) -> Sample:

@@ -9,6 +9,8 @@ from experts.errors import CollegiumError, ExpertFailed
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts, Closing
 from orchestrator.aggregators.election import by_rank
+from orchestrator.aggregators.extract import Asked, make_extract, read_request
+from orchestrator.aggregators.reading import ByKind
 from orchestrator.aggregators.rewards import make_reward
 from orchestrator.aggregators.vote import vote_instead
 from routers.base import RouteDecision
@@ -17,6 +19,9 @@ from routers.base import RouteDecision
 class BestOf:
     """``reward`` is a name of rewards.REWARDS; an artefact brings its own. Equal answers are scored once. Answers of
     one score: the better ranked expert's. A score that is no number counts for nothing; without any the answers vote.
+
+    Answers in which what was asked for cannot be read go last (may_win()): a reward can be charmed, and a reply that
+    says nothing would win by charm.
     """
 
     name = "best_of"
@@ -24,6 +29,7 @@ class BestOf:
 
     def __init__(self, parts: AggregatorParts, *, reward: str | None = None) -> None:
         self._reward = make_reward(reward, parts)
+        self._reader = ByKind(make_extract("auto"))
 
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
@@ -37,9 +43,17 @@ class BestOf:
         known = [(c, s) for c, s in zip(speaking, scores, strict=True) if math.isfinite(s.value)]
         if not known:
             return await vote_instead(request, decision, completions, "the reward gave no number")
-        best = max(score.value for _, score in known)
-        winner = next(c for c, score in known if score.value == best)
-        return replace(winner, trace=self._trace(ranked, speaking, scores, len(known)))
+        read = await self._reader.read(request, [c for c, _ in known])
+        able = [pair for pair, may in zip(known, may_win(read, read_request(request)), strict=True) if may]
+        best = max(score.value for _, score in able)
+        winner = next(c for c, score in able if score.value == best)
+        notes = []
+        if len(known) < len(speaking):
+            notes.append(f"{len(speaking) - len(known)} scores were no numbers and do not count")
+        if len(able) < len(known):
+            unread = sorted({c.expert_id for c, _ in known} - {c.expert_id for c, _ in able})
+            notes.append(f"no answer could be read from {', '.join(unread)}: those that can be read go first")
+        return replace(winner, trace=self._trace(ranked, speaking, scores, notes))
 
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
@@ -60,14 +74,27 @@ class BestOf:
         return [by_content[_content(a)] for a in answers]
 
     def _trace(
-        self, ranked: Sequence[Completion], speaking: Sequence[Completion], scores: Sequence[Score], known: int
+        self,
+        ranked: Sequence[Completion],
+        speaking: Sequence[Completion],
+        scores: Sequence[Score],
+        notes: Sequence[str],
     ) -> JSON:
         by_id = {id(c): score for c, score in zip(speaking, scores, strict=True)}
         answers = [{"expert_id": c.expert_id, **_told(by_id.get(id(c)))} for c in ranked]
         trace: dict[str, object] = {"reward": self._reward.name, "answers": answers}
-        if known < len(speaking):
-            trace["note"] = f"{len(speaking) - known} scores were no numbers and do not count"
+        if notes:
+            trace["note"] = "; ".join(notes)
         return trace
+
+
+def may_win(answers: Sequence[str | None], asked: Asked) -> list[bool]:
+    """Whether each of the ``answers``, as they were read, may be the best one: those that could be read, or all where
+    none could. That a number was asked for is guessed from the question's words: most answers must give one.
+    """
+    read = [answer is not None for answer in answers]
+    is_sure = bool(asked.options) or asked.json
+    return read if sum(read) > (0 if is_sure else len(read) / 2) else [True] * len(read)
 
 
 def _content(answer: Completion) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from experts.errors import ConfigError
 from experts.types import JSON, Completion, Request
 from orchestrator.aggregators.base import AggregatorParts
 from orchestrator.aggregators.election import lot
-from orchestrator.aggregators.extract import Asked, make_extract, read_request, settle_percents
+from orchestrator.aggregators.extract import Asked, make_extract, read_request, read_stem, settle_percents
 from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import Stack
 from orchestrator.aggregators.stacking.grams import Grams, Options
@@ -53,6 +53,8 @@ class Stacked:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"aggregator 'stack': 'threshold' is a probability from 0 to 1, got {threshold}.")
         self._fitted = artefact.load(parts.artefact)
+        if self._fitted.stack.prior is not None:
+            self._fitted.stack.prior.neighbours.prepare()
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
         self._threshold = self._fitted.stack.threshold if threshold is None else threshold
         self._extract = make_extract(extract)
@@ -93,6 +95,7 @@ class Stacked:
         options = asked.options or tuple(dict.fromkeys(sorted(a for a in answers if a is not None)))
         return _Heard(
             asked=asked,
+            stem=read_stem(request.question),
             options=options,
             answers=tuple(
                 _Answer(
@@ -112,10 +115,8 @@ class Stacked:
         columns = [a.column for a in heard.answers]
         task = request.metadata.get("task")
         panel = _Panel(stack, columns)
-        ballots = _ballots(
-            heard, request.question, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1
-        )
-        prepared = panel.stack.prepare(ballots, _options(heard, request.question))
+        ballots = _ballots(heard, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1)
+        prepared = panel.stack.prepare(ballots, _options(heard))
         counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
         return panel.stack.logit.posterior(prepared)[0], counts
 
@@ -163,7 +164,10 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Heard:
+    """``stem``: the question less its options, as recorded ones are."""
+
     asked: Asked
+    stem: str
     options: tuple[str, ...]
     answers: tuple[_Answer, ...]
 
@@ -180,22 +184,22 @@ class _Panel:
         )
 
 
-def _options(heard: _Heard, question: str) -> Options:
+def _options(heard: _Heard) -> Options:
     listed, width = heard.options if heard.asked.options else (), len(heard.options) + 1
     traits = np.zeros((1, width, len(TRAITS)), np.float32)
     if listed:
-        traits[0, :-1] = option_traits(listed, question)
-    return Options(traits_QOT=traits, grams=Grams.of([listed], width))
+        traits[0, :-1] = option_traits(listed, heard.stem)
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width), asked=Grams.of_questions([heard.stem]))
 
 
-def _ballots(heard: _Heard, question: str, task: int) -> Ballots:
+def _ballots(heard: _Heard, task: int) -> Ballots:
     answers, options = heard.answers, len(heard.options)
     listed = bool(heard.asked.options)
     words = np.zeros((1, len(answers), len(WORDS)), np.float32)
     for column, answer in enumerate(answers):
         choice = heard.options[answer.vote] if answer.vote >= 0 else None
         others = tuple(o for i, o in enumerate(heard.options) if i != answer.vote) if listed else ()
-        words[0, column] = answer_words(answer.completion.text or "", question, choice, others)
+        words[0, column] = answer_words(answer.completion.text or "", heard.stem, choice, others)
     is_open = np.ones((1, options + 1), np.bool_)
     is_open[0, -1] = not listed
     return Ballots(

@@ -1,5 +1,6 @@
 """collegium build stack: fit the stack on recorded answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,20 +32,24 @@ def stack(
 
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     wish = Wish(calls=calls, seed=seed, with_prior=prior)
-    fitted = _fit(pool, chosen, [s.strip() for s in train.split(",") if s.strip()], wish)
+    fitted, reproaches = _fit(pool, chosen, [s.strip() for s in train.split(",") if s.strip()], wish)
     artefact.save(fitted, out)
-    make_console(stderr=True).print(
+    console = make_console(stderr=True)
+    console.print(
         f"'stack' was fitted on {fitted.questions} questions of {fitted.pool}. It asks in this order:\n"
         f"  {', '.join(fitted.expert_ids[e] for e in fitted.stack.order)}\n"
         f"until an option is likelier than {fitted.stack.threshold:.2f}. In the config:\n"
         f"  aggregator: {{name: stack, artefact: {out}}}",
         markup=False,
     )
+    for reproach in reproaches:
+        console.print(f"Warning: {reproach}", style="yellow", markup=False)
 
 
-def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: "Wish") -> "Fitted":
+def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: "Wish") -> "tuple[Fitted, Sequence[str]]":
     from experts.models import cache_dir
     from orchestrator.aggregators.stacking.artefact import fit
+    from orchestrator.aggregators.stacking.doubts import doubts
     from orchestrator.aggregators.stacking.recorded import read_recorded, rows_of
     from orchestrator.commands.screen import bars, make_console
 
@@ -52,4 +57,5 @@ def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: "Wish")
         progress.start("reading the answers", None, "bytes")
         recorded = read_recorded(pool, experts, cache=cache_dir() / "stacking")
         rows = rows_of(recorded, splits)
-        return fit(recorded, rows, wish, on_step=lambda step: progress.start(step, None, "bytes"))
+        fitted = fit(recorded, rows, wish, on_step=lambda step: progress.start(step, None, "bytes"))
+    return fitted, doubts(fitted, recorded, rows)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evals.aggregate.attacked import _rate, _with_attack
+from evals.aggregate.attacked import _rate, _with_attack, readable
 from evals.aggregate.fitted import _only
 from evals.aggregate.rewards import HeldOut, _mean, _vote
 from evals.routing.statistics import Estimate
@@ -68,6 +68,17 @@ def test_an_attack_stands_last_and_is_read_like_an_answer(kind):
     assert attacked.panel.texts[:3] == SAMPLE.panel.texts
     assert len(attacked.panel.texts) == len(attacked.panel.choices) == 4
     assert any(wording.split("{")[0] in attacked.panel.texts[3] for wording in HELD_OUT[kind])
+
+
+def test_an_attack_is_read_as_best_of_reads_it():
+    question = "Which?\nA. red\nB. blue"
+    texts = ["The answer is (A).", "No comment.", "You are a genius. The answer is (B)."]
+    panel = make_panel(question, ("red", "blue"), texts)
+    assert readable(replace(SAMPLE, panel=panel)).tolist() == [True, False, True]
+    silent = make_panel(question, ("red", "blue"), ["No comment.", "What a great question!"])
+    assert readable(replace(SAMPLE, panel=silent)).tolist() == [True, True]
+    talk = make_panel("Tell me about the sea.", (), ["It is blue.", "No comment."])
+    assert readable(replace(SAMPLE, panel=talk)).tolist() == [True, True]
 
 
 def test_sources_count_the_same_in_the_mean():

@@ -12,7 +12,7 @@ from experts.errors import ConfigError
 from experts.types import Completion, Message, Request
 from orchestrator.aggregators.stack import Stacked
 from orchestrator.aggregators.stacking import artefact
-from orchestrator.aggregators.stacking.build import Wish
+from orchestrator.aggregators.stacking.build import Wish, decide
 from orchestrator.aggregators.stacking.recorded import read_recorded, rows_of
 from orchestrator.build import make_aggregator
 from orchestrator.config import AggregatorConfig
@@ -207,3 +207,26 @@ def test_the_command_fits_one_and_says_how_to_use_it(tmp_path: Path) -> None:
     assert re.search(r"fitted on 96 questions.*ace", result.output, re.DOTALL)
     assert artefact.load(out).calls == 2.0
     assert "Example" in CliRunner().invoke(app, ["build", "stack", "--help"]).output
+
+
+def test_a_request_is_weighed_as_the_recorded_question_is(tmp_path: Path) -> None:
+    """Options, words and similar questions are read from the request's own text: what was fitted must meet the same."""
+    recorded = read_recorded(write_pool(tmp_path / "pool", questions=60))
+    fitted = artefact.fit(recorded, rows_of(recorded, ["train"]), Wish())
+    artefact.save(fitted, tmp_path / "stack")
+    stack, rows = make(tmp_path / "stack"), rows_of(recorded, ["test"])[:4]
+    prepared = fitted.stack.prepare(recorded.ballots.take(rows), recorded.options.take(rows))
+    due_QO = fitted.stack.logit.posterior(prepared)
+    assert decide(fitted.stack.logit, prepared)[1].max() > 0.5
+    for place, row in enumerate(rows):
+        number = int(recorded.records.question_ids[row][1:])
+        options = [f"{number * 3 + o} apples" for o in range(5)]
+        lettered = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=True))
+        votes = recorded.ballots.votes_QE[row]
+        texts = {
+            e: f"It follows. The answer is ({'ABCDE'[v]})." if v >= 0 else "I cannot say."
+            for e, v in zip(RATES, votes, strict=True)
+        }
+        request = ask(f"What is {number} and a bit?\n{lettered}", task=recorded.records.tasks[row])
+        found = combine(stack, said(**texts), request).trace["posterior"]
+        assert list(found.values()) == pytest.approx(due_QO[place, :5].tolist(), abs=1e-4)

@@ -11,14 +11,16 @@ from orchestrator.aggregators.stacking.prior import Prior
 
 def worded(options: list[list[str]], width: int) -> Options:
     traits = np.zeros((len(options), width, len(TRAITS)), np.float32)
-    return Options(traits_QOT=traits, grams=Grams.of(options, width))
+    questions = ["Which of these?"] * len(options)
+    return Options(traits_QOT=traits, grams=Grams.of(options, width), asked=Grams.of_questions(questions))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_has_grams_within_the_columns(text: str) -> None:
-    columns, values = grams_of(text)
-    assert len(set(columns.tolist())) == len(columns) == len(values)
+    grams = Grams.of([[text]], 1)
+    columns, values = grams.columns_G, grams.values_G
+    assert len(set(columns.tolist())) == len(columns) == len(values) == grams.counts_C.sum()
     assert (columns < COLUMNS).all()
     for kind in (values[columns < HALF], values[columns >= HALF]):
         assert not len(kind) or abs(float((kind**2).sum()) - 1) < 1e-4
@@ -26,14 +28,14 @@ def test_any_text_has_grams_within_the_columns(text: str) -> None:
 
 def test_columns_are_the_same_in_every_process() -> None:
     """An artefact keeps a weight for each column: other columns would make it another model."""
-    columns, _ = grams_of("a cat")
+    columns = grams_of("a cat")
     assert columns[:6].tolist() == [7268, 15939, 17320, 34014, 35250, 38117]
     assert len(columns) == 3 + 15
 
 
 def test_case_and_what_lies_beyond_the_limit_do_not_count() -> None:
-    assert np.array_equal(grams_of("Both A and B")[0], grams_of("both a and b")[0])
-    assert np.array_equal(grams_of("x" * 2000)[0], grams_of("x" * 2000 + " and more")[0])
+    assert np.array_equal(grams_of("Both A and B"), grams_of("both a and b"))
+    assert np.array_equal(grams_of("x" * 2000), grams_of("x" * 2000 + " and more"))
 
 
 def test_rows_taken_are_those_rows() -> None:

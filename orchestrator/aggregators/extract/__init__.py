@@ -10,7 +10,7 @@ from experts.errors import ConfigError
 from orchestrator.aggregators.extract.answers import boxed, number, same, stated, value
 from orchestrator.aggregators.extract.auto import Asked, auto, read_request
 from orchestrator.aggregators.extract.fields import canonical_json, json_field
-from orchestrator.aggregators.extract.letters import letter, read_options
+from orchestrator.aggregators.extract.letters import letter, read_options, read_stem
 from orchestrator.aggregators.extract.numbers import settle_percents
 from orchestrator.aggregators.extract.plain import plain
 
@@ -27,6 +27,7 @@ __all__ = [
     "plain",
     "read_options",
     "read_request",
+    "read_stem",
     "same",
     "settle_percents",
     "stated",

@@ -40,6 +40,21 @@ def letter(text: str, options: Sequence[str] = ()) -> str | None:
 def read_options(question: str) -> tuple[str, ...]:
     """The options that ``question`` lists, the last list if there are several: "(A) ..." or "A. ..." or "A) ..."."""
     question = tail(question)
+    marks = _marks(question)
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    texts = [question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)] if marks else []
+    return (*texts[:-1], texts[-1].split("\n", 1)[0].strip()) if len(texts) > 1 else ()
+
+
+def read_stem(question: str) -> str:
+    """``question`` up to the options that read_options() finds in it."""
+    question = tail(question)
+    marks = _marks(question)
+    return question[: marks[0].start()].rstrip() if len(marks) > 1 else question
+
+
+def _marks(question: str) -> list[re.Match[str]]:
+    """Those of the last list, from A on."""
     marks: list[re.Match[str]] = []
     for mark in _MARK.finditer(question):
         name = mark[1] or mark[2]
@@ -47,9 +62,7 @@ def read_options(question: str) -> tuple[str, ...]:
             marks = [mark]
         elif marks and ord(name) == ord("A") + len(marks):
             marks.append(mark)
-    ends = [mark.start() for mark in marks[1:]] + [len(question)]
-    texts = [question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)] if marks else []
-    return (*texts[:-1], texts[-1].split("\n", 1)[0].strip()) if len(texts) > 1 else ()
+    return marks
 
 
 def _candidates(text: str) -> Iterator[str]:

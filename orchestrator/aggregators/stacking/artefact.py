@@ -4,15 +4,16 @@ stack.json says what it was fitted on: the pool and its hash, the experts in the
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from orchestrator.aggregators.stacking.build import Stack, Wish, fit_stack
 from orchestrator.aggregators.stacking.grams import COLUMNS
 from orchestrator.aggregators.stacking.model import Logit
+from orchestrator.aggregators.stacking.neighbours import HINTS
 from orchestrator.aggregators.stacking.options import TRAITS
 from orchestrator.aggregators.stacking.prior import Prior
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
@@ -24,7 +25,7 @@ FORMAT = Format(
     thing="fitted stack",
     head="stack.json",
     body="stack.safetensors",
-    version=2,
+    version=3,
     again="collegium build stack --pool DIR --out DIR",
 )
 
@@ -85,24 +86,41 @@ def load(folder: Path) -> Fitted:
 
 
 def _arrays(stack: Stack) -> dict[str, Array]:
-    arrays = {f"logit.{f.name}": getattr(stack.logit, f.name) for f in fields(Logit)}
-    if stack.prior is not None:
-        arrays |= {f"prior.{f.name}": getattr(stack.prior, f.name) for f in fields(Prior)}
-    return arrays | {
+    prior = {} if stack.prior is None else _flat(stack.prior, "prior")
+    return {
+        **_flat(stack.logit, "logit"),
+        **prior,
         "word_mean_EW": stack.word_mean_EW,
         "word_scale_W": stack.word_scale_W,
         "curve_XN": stack.curve_XN,
     }
 
 
-def _stack(arrays: Mapping[str, Array], about: Mapping[str, Any]) -> Stack:
-    def part(name: str) -> dict[str, Array]:
-        return {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith(f"{name}.")}
+def _flat(part: Any, key: str) -> dict[str, Array]:
+    """The arrays of a dataclass and of those in it, by dotted names."""
+    found: dict[str, Array] = {}
+    for field in fields(part):
+        value, name = getattr(part, field.name), f"{key}.{field.name}"
+        found |= _flat(value, name) if is_dataclass(value) else {name: value}
+    return found
 
-    prior = part("prior")
+
+def _part(cls: type[Any], key: str, arrays: Mapping[str, Array]) -> Any:
+    """The other way. Raises KeyError for an array that is missing."""
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            f.name: _part(hints[f.name], name, arrays) if is_dataclass(hints[f.name]) else arrays[name]
+            for f in fields(cls)
+            for name in (f"{key}.{f.name}",)
+        }
+    )
+
+
+def _stack(arrays: Mapping[str, Array], about: Mapping[str, Any]) -> Stack:
     return Stack(
-        logit=Logit(**part("logit")),
-        prior=Prior(**prior) if prior else None,
+        logit=_part(Logit, "logit", arrays),
+        prior=_part(Prior, "prior", arrays) if any(name.startswith("prior.") for name in arrays) else None,
         word_mean_EW=arrays["word_mean_EW"],
         word_scale_W=arrays["word_scale_W"],
         order=tuple(int(e) for e in about["order"]),
@@ -123,6 +141,8 @@ def _check(fitted: Fitted) -> None:
     }
     if (prior := fitted.stack.prior) is not None:
         shapes["grams_MN"] = (prior.grams_MN.shape, (len(prior.outer_MH), COLUMNS))
+        shapes["mean_T"] = (prior.mean_T.shape, (len(TRAITS) + HINTS,))
+        prior.neighbours.check()
     for name, (found, due) in shapes.items():
         if found != due:
             raise ValueError(f"{name} is {found}, expected {due}")

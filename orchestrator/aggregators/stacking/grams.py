@@ -1,6 +1,6 @@
-"""The wording of options as hashed grams: words alone and in pairs, and runs of two to four characters.
+"""The wording of options and questions as hashed grams: words alone and in pairs, runs of two to four characters.
 
-Each kind has half of the columns, and each option weighs as much as any other, however long it is. numpy alone, for it
+Each kind has half of the columns, and each text weighs as much as any other, however long it is. numpy alone, for it
 runs in the service. Legend: Q questions, O options, C cells (an option of a question, the questions one after another),
 G grams of all cells in a row, N columns.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 from zlib import crc32
 
 import numpy as np
@@ -27,27 +27,46 @@ _MIX = np.uint32(2654435761)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grams:
-    """``columns_G`` and ``values_G`` of the cells in a row; ``counts_C`` says how many a cell has."""
+    """``columns_G`` of the cells in a row; ``counts_C`` says how many a cell has."""
 
     columns_G: Array
-    values_G: Array
     counts_C: Array
 
     @classmethod
     def of(cls, options: Sequence[Sequence[str]], width: int) -> Self:
         """``width`` cells a question; those beyond its options are empty."""
-        cells = [grams_of(text) for texts in options for text in [*texts, *[""] * (width - len(texts))]]
-        return cls(
-            columns_G=np.concatenate([columns for columns, _ in cells]),
-            values_G=np.concatenate([values for _, values in cells]),
-            counts_C=np.array([len(columns) for columns, _ in cells], np.int32),
-        )
+        return cls._of([grams_of(text) for texts in options for text in [*texts, *[""] * (width - len(texts))]])
+
+    @classmethod
+    def of_questions(cls, questions: Sequence[str]) -> Self:
+        """Words alone and in pairs, a cell a question."""
+        return cls._of([_words(text[: 2 * _READ_CHARS].lower()).astype(np.uint16) for text in questions])
+
+    @classmethod
+    def _of(cls, cells: Sequence[Array]) -> Self:
+        return cls(columns_G=np.concatenate(cells), counts_C=np.array([len(cell) for cell in cells], np.int32))
+
+    @property
+    def cells_G(self) -> Array:
+        return np.repeat(np.arange(len(self.counts_C)), self.counts_C)
+
+    @property
+    def values_G(self) -> Array:
+        """Each kind of a cell has length 1."""
+        kinds_G = 2 * self.cells_G + (self.columns_G >= HALF)
+        values: Array = (np.bincount(kinds_G)[kinds_G] ** -0.5).astype(np.float32)
+        return values
+
+    def matrix(self, values_G: Array) -> Any:
+        """(C, N), sparse."""
+        from scipy.sparse import csr_array
+
+        ends = np.concatenate([[0], np.cumsum(self.counts_C)])
+        return csr_array((values_G, self.columns_G.astype(np.int32), ends), (len(self.counts_C), COLUMNS))
 
     def where(self, kept_C: Array) -> Self:
         kept_G = np.repeat(kept_C, self.counts_C)
-        return type(self)(
-            columns_G=self.columns_G[kept_G], values_G=self.values_G[kept_G], counts_C=self.counts_C[kept_C]
-        )
+        return type(self)(columns_G=self.columns_G[kept_G], counts_C=self.counts_C[kept_C])
 
     def take(self, rows: Array, width: int) -> Self:
         """The cells of these questions, in this order."""
@@ -55,38 +74,36 @@ class Grams:
         counts, ends = self.counts_C[cells], np.cumsum(self.counts_C)
         starts = (ends - self.counts_C)[cells]
         places = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-        return type(self)(columns_G=self.columns_G[places], values_G=self.values_G[places], counts_C=counts)
+        return type(self)(columns_G=self.columns_G[places], counts_C=counts)
 
     def weigh(self, weights_N: Array) -> Array:
         """The sum of its grams' weights, by cell."""
-        cells = np.repeat(np.arange(len(self.counts_C)), self.counts_C)
-        total: Array = np.bincount(cells, weights_N[self.columns_G] * self.values_G, len(self.counts_C))
+        total: Array = np.bincount(self.cells_G, weights_N[self.columns_G] * self.values_G, len(self.counts_C))
         return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the options of questions look like: options.py's numbers, and their wording."""
+    """What the options of questions look like: options.py's numbers, their wording, and the questions' own."""
 
     traits_QOT: Array
     grams: Grams
+    asked: Grams
 
     def __len__(self) -> int:
         return len(self.traits_QOT)
 
     def take(self, rows: Array) -> Self:
-        grams = self.grams.take(np.asarray(rows), self.traits_QOT.shape[1])
-        return type(self)(traits_QOT=self.traits_QOT[rows], grams=grams)
+        rows = np.asarray(rows)
+        grams = self.grams.take(rows, self.traits_QOT.shape[1])
+        return type(self)(traits_QOT=self.traits_QOT[rows], grams=grams, asked=self.asked.take(rows, 1))
 
 
-def grams_of(text: str) -> tuple[Array, Array]:
-    """Columns and values of one option; each kind has length 1."""
+def grams_of(text: str) -> Array:
+    """Columns of one option."""
     lowered = text[:_READ_CHARS].lower()
-    parts = [part for part in (_words(lowered), _runs(lowered)) if len(part)]
-    if not parts:
-        return np.zeros(0, np.uint16), np.zeros(0, np.float32)
-    values = [np.full(len(part), len(part) ** -0.5, np.float32) for part in parts]
-    return np.concatenate(parts).astype(np.uint16), np.concatenate(values)
+    columns: Array = np.concatenate([_words(lowered), _runs(lowered)]).astype(np.uint16)
+    return columns
 
 
 def _words(text: str) -> Array:

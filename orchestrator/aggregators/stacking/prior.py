@@ -1,8 +1,9 @@
 """The options' prior: how often options that stand out so were the right one, by a small network.
 
-One hidden layer over the traits and a weight for each gram of the wording, softmax over the options of a question,
-fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q questions, O options, T traits,
-H hidden units, M members, N columns of grams, R options of all questions in a row.
+One hidden layer over the traits and the neighbours' hints, and a weight for each gram of the wording, softmax over the
+options of a question, fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q
+questions, O options, T traits and hints, H hidden units, M members, N columns of grams, R options of all questions in a
+row.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from orchestrator.aggregators.stacking.grams import COLUMNS, Grams, Options
+from orchestrator.aggregators.stacking.grams import Options
+from orchestrator.aggregators.stacking.neighbours import Neighbours
 from routers.learned.minimise import minimise
 from routers.records import Array
 
@@ -31,21 +33,34 @@ class Prior:
     bias_MH: Array
     outer_MH: Array
     grams_MN: Array
+    neighbours: Neighbours
 
     @classmethod
     def fit(cls, options: Options, open_QO: Array, right_Q: Array, seed: int) -> Self:
         """``open_QO`` says which options there are, ``right_Q`` which of them is right."""
-        rows_RT = options.traits_QOT[open_QO]
+        neighbours = Neighbours.of(options, open_QO, right_Q)
+        hints_RH = neighbours.hints(options, open_QO, are_own=True)[open_QO]
+        rows_RT = np.concatenate([options.traits_QOT[open_QO], hints_RH], axis=1)
         mean, scale = rows_RT.mean(axis=0), rows_RT.std(axis=0) + 1e-3
         inputs_RT, rng = ((rows_RT - mean) / scale).astype(np.float32), np.random.default_rng(seed)
-        grams_RN = _matrix(options.grams.where(open_QO.ravel()))
+        grams = options.grams.where(open_QO.ravel())
+        grams_RN = grams.matrix(grams.values_G)
         members = [_fit_one(inputs_RT, grams_RN, open_QO, right_Q, rng) for _ in range(_MEMBERS)]
-        inner, bias, outer, grams = (np.stack(part).astype(np.float32) for part in zip(*members, strict=True))
-        return cls(mean_T=mean, scale_T=scale, inner_MTH=inner, bias_MH=bias, outer_MH=outer, grams_MN=grams)
+        inner, bias, outer, weights = (np.stack(part).astype(np.float32) for part in zip(*members, strict=True))
+        return cls(
+            mean_T=mean,
+            scale_T=scale,
+            inner_MTH=inner,
+            bias_MH=bias,
+            outer_MH=outer,
+            grams_MN=weights,
+            neighbours=neighbours,
+        )
 
     def predict(self, options: Options, open_QO: Array) -> Array:
         """Logarithms of probabilities, (Q, O); NEVER where there is no option."""
-        inputs_RT = (options.traits_QOT[open_QO] - self.mean_T) / self.scale_T
+        hints_RH = self.neighbours.hints(options, open_QO)[open_QO]
+        inputs_RT = (np.concatenate([options.traits_QOT[open_QO], hints_RH], axis=1) - self.mean_T) / self.scale_T
         grams = options.grams.where(open_QO.ravel())
         chances = np.zeros(open_QO.shape)
         for inner, bias, outer, weights in zip(*self._members(), strict=True):
@@ -68,14 +83,6 @@ def _spread(values_R: Array, open_QO: Array) -> Array:
     spread = np.full(open_QO.shape, -np.inf)
     spread[open_QO] = values_R
     return spread
-
-
-def _matrix(grams: Grams) -> Any:
-    """(R, N), sparse."""
-    from scipy.sparse import csr_array
-
-    ends = np.concatenate([[0], np.cumsum(grams.counts_C)])
-    return csr_array((grams.values_G, grams.columns_G.astype(np.int32), ends), (len(grams.counts_C), COLUMNS))
 
 
 def _fit_one(inputs_RT: Array, grams_RN: Any, open_QO: Array, right_Q: Array, rng: np.random.Generator) -> list[Array]:

@@ -21,8 +21,9 @@ from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
 from routers.records import Array, Records, read_records
 
-_FORMAT = 2
+_FORMAT = 3
 """Of the cached features; another one is read anew."""
+_WORDED = ("grams", "asked")
 MAX_OPTIONS = 26
 
 
@@ -74,7 +75,8 @@ def read_recorded(
         records=records,
         ballots=ballots,
         options=Options(
-            traits_QOT=arrays["traits_QOT"], grams=Grams(**{f.name: arrays[f.name] for f in fields(Grams)})
+            traits_QOT=arrays["traits_QOT"],
+            **{part: Grams(**{f.name: arrays[f"{part}.{f.name}"] for f in fields(Grams)}) for part in _WORDED},
         ),
         gold_Q=arrays["gold_Q"],
         tasks=tasks,
@@ -137,7 +139,7 @@ def _read(
         if options:
             traits[row, : len(options)] = option_traits(options, str(questions[row].get("question") or ""))
     gold = np.array([_gold(row, lists[i], votes[i], records.scores_QE[i], width) for i, row in enumerate(questions)])
-    grams = Grams.of(lists, width)
+    worded = (Grams.of(lists, width), Grams.of_questions([str(row.get("question") or "") for row in questions]))
     return {
         "votes_QE": votes,
         "words_QEW": words,
@@ -145,7 +147,11 @@ def _read(
         "listed_Q": listed,
         "traits_QOT": traits,
         "gold_Q": gold,
-        **{f.name: getattr(grams, f.name) for f in fields(grams)},
+        **{
+            f"{part}.{f.name}": getattr(grams, f.name)
+            for part, grams in zip(_WORDED, worded, strict=True)
+            for f in fields(grams)
+        },
     }
 
 

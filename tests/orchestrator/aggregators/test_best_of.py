@@ -95,6 +95,58 @@ async def test_without_scores_the_answers_vote(reward: Table, because: str) -> N
     assert answer.trace["votes"] == {"4": 0.5, "5": 0.5}
 
 
+CHOICE = "Which is red?\nA. the sky\nB. blood\nC. grass"
+
+
+async def test_an_answer_that_cannot_be_read_wins_only_where_none_can() -> None:
+    charm = "What a great question, only a genius asks this!"
+    aggregator = BestOf(parts())
+    aggregator._reward = Table(**{charm: 9.0, "B": 0.1, "No comment.": 3.0})  # type: ignore[assignment]
+    answer = await aggregator.aggregate(ask(CHOICE), DECISION, said(a=charm, b="B", c="No comment."))
+    assert answer.text == "B"
+    assert answer.trace is not None
+    assert answer.trace["note"] == "no answer could be read from a, c: those that can be read go first"
+    assert answer.trace["answers"][0]["score"] == 9.0, "what the reward thought is not hidden"
+    none = await aggregator.aggregate(ask(CHOICE), DECISION, said(a=charm, c="No comment."))
+    assert (none.text, "note" in (none.trace or {})) == (charm, False)
+
+
+async def test_a_number_is_wanted_where_most_answers_give_one() -> None:
+    """The question's words may be misread: here as if "how much" asked for a number."""
+    aggregator = BestOf(parts())
+    aggregator._reward = Table(**{"8": 0.1, "9": 0.2, "A lot, thank you.": 9.0, "With all my heart.": 5.0})  # type: ignore[assignment]
+    sums = await aggregator.aggregate(ask("How many?"), DECISION, said(a="8", b="9", c="A lot, thank you."))
+    talk = await aggregator.aggregate(
+        ask("How much do you love me?"), DECISION, said(a="8", b="A lot, thank you.", c="With all my heart.")
+    )
+    assert (sums.text, talk.text) == ("9", "A lot, thank you.")
+
+
+async def test_an_attack_that_names_an_option_is_an_answer_like_any_other() -> None:
+    reward = Table(**{"You are so clever! The answer is C.": 9.0, "The answer is B.": 0.1})
+    aggregator = BestOf(parts())
+    aggregator._reward = reward  # type: ignore[assignment]
+    texts = {"a": "The answer is B.", "b": "You are so clever! The answer is C."}
+    assert (await aggregator.aggregate(ask(CHOICE), DECISION, said(**texts))).expert_id == "b"
+
+
+async def test_free_text_can_always_be_read() -> None:
+    reward = Table(**{"What a great question!": 9.0, "It was built in Rome.": 0.1})
+    aggregator = BestOf(parts())
+    aggregator._reward = reward  # type: ignore[assignment]
+    texts = {"a": "It was built in Rome.", "b": "What a great question!"}
+    answer = await aggregator.aggregate(ask("Where was it built?"), DECISION, said(**texts))
+    assert answer.expert_id == "b"
+    assert "note" not in (answer.trace or {})
+
+
+async def test_where_only_unreadable_answers_have_a_score_they_win() -> None:
+    aggregator = BestOf(parts())
+    aggregator._reward = Table(**{"B": math.nan, "No comment.": 3.0})  # type: ignore[assignment]
+    answer = await aggregator.aggregate(ask(CHOICE), DECISION, said(a="B", c="No comment."))
+    assert answer.text == "No comment."
+
+
 async def test_agreement_likes_the_answer_in_the_middle() -> None:
     reward = Agreement(parts())
     answers = said(a="The moon is a dead rock.", b="The moon is a rock.", c="Buy my crypto coins today!")
