@@ -6,9 +6,10 @@ Never pickle: loading runs no code of the file's.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import orjson
@@ -72,6 +73,42 @@ class Format:
             yield load_file(folder / self.body)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigError(f"The {self.thing} in {folder} is broken ({exc!r}); make it again: {self.again}") from exc
+
+
+def flatten(value: Any, key: str, arrays: dict[str, Array]) -> Any:
+    """``value`` as JSON: dataclasses, mappings and tuples of them, with each array put into ``arrays`` by a name that
+    begins with ``key``."""
+    if isinstance(value, np.ndarray):
+        arrays[key] = value
+        return {"array": key}
+    if is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: flatten(item, f"{key}.{name}".lstrip("."), arrays) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [flatten(item, f"{key}.{place}", arrays) for place, item in enumerate(value)]
+    return value
+
+
+def restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
+    """What flatten() was given; ``hint`` is its type. A field that is missing has its default: it came to its class
+    after the artefact was written. Raises KeyError where it has none."""
+    if isinstance(plain, dict) and plain.keys() == {"array"}:
+        return arrays[plain["array"]]
+    if get_origin(hint) in (Union, UnionType):
+        return None if plain is None else restore(get_args(hint)[0], plain, arrays)
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{f.name: restore(hints[f.name], plain[f.name], arrays) for f in fields(hint) if _due(f, plain)})
+    if get_origin(hint) is tuple:
+        return tuple(restore(get_args(hint)[0], item, arrays) for item in plain)
+    if isinstance(plain, dict):
+        return {name: restore(get_args(hint)[1], item, arrays) for name, item in plain.items()}
+    return plain
+
+
+def _due(field: Field[Any], plain: Mapping[str, Any]) -> bool:
+    return field.name in plain or (field.default is MISSING and field.default_factory is MISSING)
 
 
 def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:

@@ -277,9 +277,9 @@ async def test_the_stack_hears_the_routers_experts_and_nobody_else(make_pool, ca
     assert (one.scores == take_first(predicted, setting).scores).all()
     assert (one.costs == take_first(predicted, setting).costs).all()
     assert 1 < two.calls.mean() <= 2
-    assert 1 <= replace(stacking, calls=1.2).ask(predicted, 2).calls.mean() < two.calls.mean()
+    assert replace(stacking, calls=1.0).ask(predicted, 2).calls.mean() == 1
     assert ((two.scores == setting.scores_QE[:, 0]) | (two.scores == setting.scores_QE[:, 1])).all()
-    assert two.scores.mean() > one.scores.mean() + 0.1, "two experts know two skills, and it knows which"
+    assert two.scores.mean() > one.scores.mean() + 0.05, "two experts know two skills, and it knows which"
     stacking.ballots.votes_QE[:, 2:] = 0
     assert (stacking.ask(predicted, 2).scores == two.scores).all()
 

@@ -263,9 +263,9 @@ def test_fit_show_and_the_heat_map(make_pool, tmp_path, monkeypatch):
     words = ["router", "fit", "skills", "--pool", make_pool(), "--out", out, "--encoder", "wordllama"]
     assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
     head = json.loads((out / "router.json").read_text())
-    assert head["version"] == 1
+    assert head["version"] == 2
     assert head["pool_digest"]
-    assert head["model"]["profiles.scores"]["law-expert"]["law"] > 0
+    assert head["model"]["profiles"]["scores"]["law-expert"]["law"] > 0
     shown = CliRunner().invoke(app, ["router", "show", str(out)])
     assert shown.exit_code == 0
     assert "keyword" in shown.output
@@ -295,7 +295,7 @@ def test_an_expert_names_the_keywords_of_a_pool_and_a_profile_is_made_of_them(ma
     assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 40, "nobody is asked about twice"
     assert CliRunner().invoke(app, fit).exit_code == 0
     head = json.loads((tmp_path / "s" / "router.json").read_text())
-    assert head["model"]["profiles.seen"] == {"civil law": 40, "contracts": 40}
+    assert head["model"]["profiles"]["seen"] == {"civil law": 40, "contracts": 40}
 
 
 @pytest.mark.parametrize("line", ["{", '{"id": "q1"}', '{"id": "q1", "keywords": "law"}', "[]"])

@@ -5,16 +5,16 @@ reward.json also says what it was fitted on: each source with its hash, the enco
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from experts.errors import ConfigError
 from orchestrator.aggregators.reward_moe.inputs import RAW_NAMES, Scaling, feature_width
 from orchestrator.aggregators.reward_moe.model import MODELS, Model
-from routers.artefacts import Format
+from routers.artefacts import Format, flatten, restore
 from routers.records import Array
 
 FORMAT = Format(
@@ -52,8 +52,8 @@ class Fitted:
 def save(fitted: Fitted, folder: Path) -> None:
     """Raises ConfigError where the folder cannot be written."""
     arrays: dict[str, Array] = {}
-    parts = {f.name: _flatten(getattr(fitted, f.name), f.name, arrays) for f in fields(fitted)}
-    FORMAT.write(folder, {"features": RAW_NAMES, **parts}, arrays)
+    about = flatten(fitted, "", arrays)
+    FORMAT.write(folder, {"features": RAW_NAMES, **about}, arrays)
 
 
 def load(folder: Path) -> Fitted:
@@ -61,8 +61,8 @@ def load(folder: Path) -> Fitted:
     about = FORMAT.read_head(folder)
     with FORMAT.reading(folder) as arrays:
         values = {f.name: about[f.name] for f in fields(Fitted)}
-        values["model"] = _restore(_model_class(about["kind"]), about["model"], arrays)
-        values["scaling"] = _restore(Scaling, about["scaling"], arrays)
+        values["model"] = restore(_model_class(about["kind"]), about["model"], arrays)
+        values["scaling"] = restore(Scaling, about["scaling"], arrays)
         values["sources"] = tuple(Source(**source) for source in about["sources"])
         fitted = Fitted(**values)
         _check(fitted, arrays, about, folder)
@@ -89,31 +89,3 @@ def _check(fitted: Fitted, arrays: Mapping[str, Array], about: Mapping[str, Any]
         raise ConfigError(
             f"The reward in {folder} holds NaN or infinity in {', '.join(bad)}; make it again: {FORMAT.again}"
         )
-
-
-def _flatten(value: Any, key: str, arrays: dict[str, Array]) -> Any:
-    """JSON with arrays by name."""
-    if isinstance(value, np.ndarray):
-        arrays[key] = value
-        return {"array": key}
-    if is_dataclass(value):
-        return {f.name: _flatten(getattr(value, f.name), f"{key}.{f.name}", arrays) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _flatten(item, f"{key}.{name}", arrays) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return [_flatten(item, f"{key}.{place}", arrays) for place, item in enumerate(value)]
-    return value
-
-
-def _restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
-    """The other way; ``hint`` says which classes."""
-    if isinstance(plain, dict) and plain.keys() == {"array"}:
-        return arrays[plain["array"]]
-    if isinstance(hint, type) and is_dataclass(hint):
-        hints = get_type_hints(hint)
-        return hint(**{f.name: _restore(hints[f.name], plain[f.name], arrays) for f in fields(hint)})
-    if get_origin(hint) is tuple:
-        return tuple(_restore(get_args(hint)[0], item, arrays) for item in plain)
-    if isinstance(plain, dict):
-        return {name: _restore(get_args(hint)[1], item, arrays) for name, item in plain.items()}
-    return plain
