@@ -32,7 +32,7 @@ def stack(
 
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     wish = Wish(calls=calls, seed=seed, with_prior=prior)
-    fitted, reproaches = _fit(pool, chosen, [s.strip() for s in train.split(",") if s.strip()], wish)
+    fitted, warnings = _fit(pool, chosen, [s.strip() for s in train.split(",") if s.strip()], wish)
     artefact.save(fitted, out)
     console = make_console(stderr=True)
     console.print(
@@ -42,8 +42,8 @@ def stack(
         f"  aggregator: {{name: stack, artefact: {out}}}",
         markup=False,
     )
-    for reproach in reproaches:
-        console.print(f"Warning: {reproach}", style="yellow", markup=False)
+    for warning in warnings:
+        console.print(f"Warning: {warning}", style="yellow", markup=False)
 
 
 def _fit(pool: Path, experts: list[str] | None, splits: list[str], wish: "Wish") -> "tuple[Fitted, Sequence[str]]":

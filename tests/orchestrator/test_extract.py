@@ -25,6 +25,7 @@ from orchestrator.aggregators.extract import (
     plain,
     read_options,
     read_request,
+    read_stem,
     same,
     settle_percents,
     stated,
@@ -104,6 +105,12 @@ def test_options_are_read_from_the_question(question):
 @pytest.mark.parametrize("question", ["", "What is A. Einstein known for?", "B. comes before C. in the alphabet"])
 def test_a_question_without_options_has_none(question):
     assert read_options(question) == ()
+    assert read_stem(question) == question
+
+
+@pytest.mark.parametrize("listed", ["A. Rome\nB. Paris", "(A) Rome (B) Paris", "A) Rome\nB) Paris\n"])
+def test_a_question_ends_where_its_options_begin(listed):
+    assert read_stem(f"Which is larger?\n{listed}") == "Which is larger?"
 
 
 @pytest.mark.parametrize(
