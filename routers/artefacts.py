@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -31,6 +31,7 @@ class Format:
 
     def write(self, folder: Path, about: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Raises ConfigError where the folder cannot be written."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         stamped = {
@@ -42,8 +43,9 @@ class Format:
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / self.body)
             (folder / self.head).write_bytes(orjson.dumps(stamped, option=orjson.OPT_INDENT_2))
-        except OSError as exc:
-            raise ConfigError(f"Cannot write the {self.thing} to {folder}: {exc.strerror or exc}.") from exc
+        except (OSError, SafetensorError) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            raise ConfigError(f"Cannot write the {self.thing} to {folder}: {reason}.") from exc
 
     def read_head(self, folder: Path) -> Mapping[str, Any]:
         """Raises ConfigError when it is missing, no JSON, or of another version."""
@@ -96,13 +98,16 @@ def restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
     if isinstance(plain, dict) and plain.keys() == {"array"}:
         return arrays[plain["array"]]
     if get_origin(hint) in (Union, UnionType):
-        return None if plain is None else restore(get_args(hint)[0], plain, arrays)
+        (some,) = (each for each in get_args(hint) if each is not NoneType)
+        return None if plain is None else restore(some, plain, arrays)
     if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
         return hint(**{f.name: restore(hints[f.name], plain[f.name], arrays) for f in fields(hint) if _due(f, plain)})
     if get_origin(hint) is tuple:
         return tuple(restore(get_args(hint)[0], item, arrays) for item in plain)
     if isinstance(plain, dict):
+        if len(get_args(hint)) != 2:
+            raise TypeError(f"{hint} is no mapping, but stands as one")
         return {name: restore(get_args(hint)[1], item, arrays) for name, item in plain.items()}
     return plain
 

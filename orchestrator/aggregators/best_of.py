@@ -44,14 +44,15 @@ class BestOf:
         if not known:
             return await vote_instead(request, decision, completions, "the reward gave no number")
         read = await self._reader.read(request, [c for c, _ in known])
-        able = [pair for pair, may in zip(known, may_win(read, read_request(request)), strict=True) if may]
+        may = may_win(read, read_request(request))
+        able = [pair for pair, allowed in zip(known, may, strict=True) if allowed]
         best = max(score.value for _, score in able)
         winner = next(c for c, score in able if score.value == best)
         notes = []
         if len(known) < len(speaking):
             notes.append(f"{len(speaking) - len(known)} scores were no numbers and do not count")
         if len(able) < len(known):
-            unread = sorted({c.expert_id for c, _ in known} - {c.expert_id for c, _ in able})
+            unread = sorted({c.expert_id for (c, _), allowed in zip(known, may, strict=True) if not allowed})
             notes.append(f"no answer could be read from {', '.join(unread)}: those that can be read go first")
         return replace(winner, trace=self._trace(ranked, speaking, scores, notes))
 

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from experts.errors import Unavailable
 
@@ -14,9 +14,16 @@ def transaction(db: sqlite3.Connection, refused: Callable[[sqlite3.Error], str])
         db.execute("BEGIN IMMEDIATE")
         yield db
         db.execute("COMMIT")
-    except BaseException as exc:
+    except sqlite3.Error as exc:
+        _roll_back(db)
+        raise Unavailable(refused(exc)) from exc
+    except BaseException:
+        _roll_back(db)
+        raise
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    """What was asked for has failed already; SQLite itself undoes what cannot be rolled back now, at the next start."""
+    with suppress(sqlite3.Error):
         if db.in_transaction:
             db.execute("ROLLBACK")
-        if isinstance(exc, sqlite3.Error):
-            raise Unavailable(refused(exc)) from exc
-        raise

@@ -111,6 +111,8 @@ def test_a_question_without_options_has_none(question):
 @pytest.mark.parametrize("listed", ["A. Rome\nB. Paris", "(A) Rome (B) Paris", "A) Rome\nB) Paris\n"])
 def test_a_question_ends_where_its_options_begin(listed):
     assert read_stem(f"Which is larger?\n{listed}") == "Which is larger?"
+    long = "Which? " * 5000 + "?"
+    assert read_stem(f"{long}\n{listed}") == long
 
 
 @pytest.mark.parametrize(

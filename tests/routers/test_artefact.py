@@ -118,6 +118,18 @@ def test_files_that_are_missing_or_cut_are_named(tmp_path):
         artefact.load(tmp_path)
 
 
+def test_what_cannot_be_written_or_is_of_another_type_is_said(tmp_path):
+    (tmp_path / "blocked" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="Cannot write the fitted router"):
+        artefact.save(fitted("knn"), tmp_path / "blocked")
+    artefact.save(fitted("knn"), tmp_path)
+    head = json.loads((tmp_path / "router.json").read_text())
+    head["model"]["k"] = {"a": 1}
+    (tmp_path / "router.json").write_text(json.dumps(head))
+    with pytest.raises(ConfigError, match="is broken"):
+        artefact.load(tmp_path)
+
+
 def test_a_service_that_does_not_fit_the_artefact_is_told_why(tmp_path):
     artefact.save(fitted("linear"), tmp_path)
     with pytest.raises(ConfigError, match="holds a router 'linear', not 'knn'"):

@@ -48,9 +48,9 @@ def read_options(question: str) -> tuple[str, ...]:
 
 def read_stem(question: str) -> str:
     """``question`` up to the options that read_options() finds in it."""
-    question = tail(question)
-    marks = _marks(question)
-    return question[: marks[0].start()].rstrip() if len(marks) > 1 else question
+    end = tail(question)
+    marks = _marks(end)
+    return question[: len(question) - len(end) + marks[0].start()].rstrip() if len(marks) > 1 else question
 
 
 def _marks(question: str) -> list[re.Match[str]]:
