@@ -109,9 +109,11 @@ def _between_questions(placed_QR: "Tensor", cluster_Q: "Tensor", generator: "Gen
     order = torch.randperm(size, generator=generator)
     same = cluster_Q[:, None] == cluster_Q[order][None]
     has = same.any(dim=1) & ~same.all(dim=1)
-    near = (placed_QR * placed_QR[order][same.float().argmax(dim=1)]).sum(dim=1) / _TEMPERATURE
+    # Gathered from all cosines, for the gradient of rows taken by number is summed in any order on several threads.
+    alike_QQ = placed_QR @ placed_QR.T / _TEMPERATURE
+    near = alike_QQ.gather(1, order[same.float().argmax(dim=1)][:, None])[:, 0]
     others = order[torch.randint(size, (size, _OTHERS), generator=generator)]
-    far = torch.einsum("qr,qor->qo", placed_QR, placed_QR[others]) / _TEMPERATURE
+    far = alike_QQ.gather(1, others)
     far = far.masked_fill(cluster_Q[others] == cluster_Q[:, None], -1e4)
     loss = torch.nn.functional.softplus(torch.logsumexp(far, dim=1) - near)
     return (loss * has).sum() / has.sum().clamp_min(1)
