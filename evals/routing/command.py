@@ -108,8 +108,6 @@ async def _run(
 ) -> None:
     from evals.routing import plots, report
     from evals.routing.bench import evaluate
-    from evals.routing.joining import leave_each_out
-    from evals.routing.robustness import rewrite, robustness
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
 
@@ -128,19 +126,33 @@ async def _run(
             setting, names, top_ks=top_ks, aggregator=aggregator, stacking=stacking, on_router=tell
         )
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
-    with bars(console) as progress:
-        if is_robust:
-            progress.start("rewriting questions", None, "bytes")
-            found["robustness"] = robustness(evaluation.fits, await rewrite(setting, encoder), setting)
-        if leave_one_out:
-            progress.start("leaving experts out", len(setting.records.experts), "bytes")
-            found["leave_one_out"] = await leave_each_out(
-                setting, names[0], encoder, on_expert=lambda: progress.advance(1)
-            )
+    if is_robust:
+        found["robustness"] = await _rewritten(console, evaluation, encoder)
+    if leave_one_out:
+        found["leave_one_out"] = await _without_each(console, setting, names[0], encoder)
     found["plots"] = [path.stem for path in plots.draw(evaluation, out)]
     report.write(found, out)
     _show(evaluation, found)
     console.print(f"[dim]report.json, report.md and the plots are in {out}[/]")
+
+
+async def _rewritten(console: "Console", evaluation: "Evaluation", encoder: "Encoder") -> Any:
+    from evals.routing.robustness import rewrite, robustness
+    from orchestrator.commands.screen import bars
+
+    with bars(console) as progress:
+        progress.start("rewriting questions", None, "bytes")
+        asked = await rewrite(evaluation.setting, encoder)
+        return robustness(evaluation.fits, asked, evaluation.setting)
+
+
+async def _without_each(console: "Console", setting: "Setting", router: str, encoder: "Encoder") -> Any:
+    from evals.routing.joining import leave_each_out
+    from orchestrator.commands.screen import bars
+
+    with bars(console) as progress:
+        progress.start("leaving experts out", len(setting.records.experts), "bytes")
+        return await leave_each_out(setting, router, encoder, on_expert=lambda: progress.advance(1))
 
 
 def _names(router: str) -> list[str]:

@@ -7,6 +7,7 @@ which answers came.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from orchestrator.aggregators.base import AggregatorParts
 from orchestrator.aggregators.election import lot
 from orchestrator.aggregators.extract import Asked, make_extract, read_request, read_stem, settle_percents
 from orchestrator.aggregators.stacking import artefact
-from orchestrator.aggregators.stacking.build import Stack
+from orchestrator.aggregators.stacking.build import Stack, prior_of
 from orchestrator.aggregators.stacking.grams import Grams, Options
 from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
@@ -26,6 +27,8 @@ from routers.artefacts import columns_of
 from routers.base import RouteDecision
 from routers.records import Array
 
+_REMEMBERED = 64
+"""Questions under way at a time whose prior is kept."""
 _SHOWN = 120
 """Characters of an option that the trace shows."""
 
@@ -58,6 +61,8 @@ class Stacked:
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
         self._threshold = self._fitted.stack.threshold if threshold is None else threshold
         self._extract = make_extract(extract)
+        # Asked for after every answer to a question, and the same each time.
+        self._prior = lru_cache(_REMEMBERED)(self._think)
 
     async def aggregate(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion]
@@ -116,9 +121,16 @@ class Stacked:
         task = request.metadata.get("task")
         panel = _Panel(stack, columns)
         ballots = _ballots(heard, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1)
-        prepared = panel.stack.prepare(ballots, _options(heard))
+        listed = heard.options if heard.asked.options else ()
+        prior_QO = self._prior(heard.stem, listed) if listed else ballots.prior_QO
+        prepared = panel.stack.prepare_with(prior_QO, ballots)
         counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
         return panel.stack.logit.posterior(prepared)[0], counts
+
+    def _think(self, stem: str, listed: tuple[str, ...]) -> Array:
+        """(1, O) of the prior: what the options give away."""
+        is_open = np.array([[*[True] * len(listed), False]])
+        return prior_of(self._fitted.stack.prior, is_open, np.array([True]), _options(stem, listed))
 
     def _worth(self) -> Array:
         return self._fitted.stack.logit.worth_E
@@ -184,12 +196,11 @@ class _Panel:
         )
 
 
-def _options(heard: _Heard) -> Options:
-    listed, width = heard.options if heard.asked.options else (), len(heard.options) + 1
+def _options(stem: str, listed: Sequence[str]) -> Options:
+    width = len(listed) + 1
     traits = np.zeros((1, width, len(TRAITS)), np.float32)
-    if listed:
-        traits[0, :-1] = option_traits(listed, heard.stem)
-    return Options(traits_QOT=traits, grams=Grams.of([listed], width), asked=Grams.of_questions([heard.stem]))
+    traits[0, :-1] = option_traits(listed, stem)
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width), asked=Grams.of_questions([stem]))
 
 
 def _ballots(heard: _Heard, task: int) -> Ballots:

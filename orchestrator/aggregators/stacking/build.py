@@ -53,20 +53,18 @@ class Stack:
 
     def prepare(self, ballots: Ballots, options: Options) -> Ballots:
         """``ballots`` with this stack's prior and words on its scale."""
+        return self.prepare_with(prior_of(self.prior, ballots.open_QO, ballots.listed_Q, options), ballots)
+
+    def prepare_with(self, prior_QO: Array, ballots: Ballots) -> Ballots:
         words = (ballots.words_QEW - self.word_mean_EW) / self.word_scale_W
-        return replace(
-            ballots,
-            words_QEW=np.clip(words, -3, 3),
-            prior_QO=prior_of(self.prior, ballots, options),
-        )
+        return replace(ballots, words_QEW=np.clip(words, -3, 3), prior_QO=prior_QO)
 
 
-def prior_of(prior: Prior | None, ballots: Ballots, options: Options) -> Array:
+def prior_of(prior: Prior | None, open_QO: Array, listed_Q: Array, options: Options) -> Array:
     """Zero for an open question, whose options are what was answered."""
-    result = np.zeros(ballots.open_QO.shape, np.float32)
-    if prior is not None and ballots.listed_Q.any():
-        listed = ballots.listed_Q
-        result[listed] = prior.predict(options.take(np.flatnonzero(listed)), ballots.open_QO[listed])
+    result = np.zeros(open_QO.shape, np.float32)
+    if prior is not None and listed_Q.any():
+        result[listed_Q] = prior.predict(options.take(np.flatnonzero(listed_Q)), open_QO[listed_Q])
     return np.maximum(result, NEVER)
 
 
@@ -144,7 +142,7 @@ def fit_priors(recorded: Recorded, rows: Array, wish: Wish) -> Priors:
 
     for kept, out in split_folds(len(rows), wish.seed, FOLDS):
         if listed[kept].any():
-            held[out] = prior_of(fit(kept), ballots.take(out), options.take(out))
+            held[out] = prior_of(fit(kept), ballots.open_QO[out], listed[out], options.take(out))
     return Priors(later=fit(np.arange(len(gold))), held_QO=held)
 
 
