@@ -3,10 +3,12 @@
 Never pickle: loading runs no code of the file's.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -20,8 +22,8 @@ from routers.records import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """One sort of artefact: a folder with a ``head`` (JSON) and a ``body`` (safetensors). For errors: ``thing`` is what
-    it holds, ``again`` the command that makes one."""
+    """One sort of artefact: a folder with a ``head`` (JSON) and a ``body`` (safetensors), whose hash the head holds.
+    For errors: ``thing`` is what it is, ``again`` the command that makes one."""
 
     thing: str
     head: str
@@ -30,19 +32,19 @@ class Format:
     again: str
 
     def write(self, folder: Path, about: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-        """Raises ConfigError where the folder cannot be written."""
+        """Raises ConfigError where the folder cannot be written; what was there then is still there."""
         from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        stamped = {
-            "version": self.version,
-            "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **about,
-        }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / self.body)
-            (folder / self.head).write_bytes(orjson.dumps(stamped, option=orjson.OPT_INDENT_2))
+            body = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+            stamped = {
+                "version": self.version,
+                "fitted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "sha256": sha256(body).hexdigest(),
+                **about,
+            }
+            _replace(folder, {self.body: body, self.head: orjson.dumps(stamped, option=orjson.OPT_INDENT_2)})
         except (OSError, SafetensorError) as exc:
             reason = getattr(exc, "strerror", None) or exc
             raise ConfigError(f"Cannot write the {self.thing} to {folder}: {reason}.") from exc
@@ -66,15 +68,36 @@ class Format:
         return about
 
     @contextmanager
-    def reading(self, folder: Path) -> Iterator[dict[str, Array]]:
-        """The arrays. What goes wrong while something is made of them is a ConfigError: a broken artefact."""
+    def reading(self, folder: Path, about: Mapping[str, Any]) -> Iterator[dict[str, Array]]:
+        """The arrays that belong to the head ``about``. What goes wrong while something is made of them is a
+        ConfigError: a broken artefact."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         try:
+            self._check_hash(folder / self.body, about["sha256"])
             yield load_file(folder / self.body)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigError(f"The {self.thing} in {folder} is broken ({exc!r}); make it again: {self.again}") from exc
+
+    def _check_hash(self, path: Path, due: str) -> None:
+        with path.open("rb") as body:
+            if file_digest(body, "sha256").hexdigest() != due:
+                raise ValueError(f"{self.head} and {self.body} are not of one fit")
+
+
+def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """All are written before one takes its place: a full disk leaves what was there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts = {folder / f".{name}.{os.getpid()}": folder / name for name in contents}
+    try:
+        for draft, content in zip(drafts, contents.values(), strict=True):
+            draft.write_bytes(content)
+        for draft, path in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
 
 
 def flatten(value: Any, key: str, arrays: dict[str, Array]) -> Any:
@@ -93,8 +116,7 @@ def flatten(value: Any, key: str, arrays: dict[str, Array]) -> Any:
 
 
 def restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
-    """What flatten() was given; ``hint`` is its type. A field that is missing has its default: it came to its class
-    after the artefact was written. Raises KeyError where it has none."""
+    """What flatten() was given; ``hint`` is its type. Raises KeyError for a field that is missing."""
     if isinstance(plain, dict) and plain.keys() == {"array"}:
         return arrays[plain["array"]]
     if get_origin(hint) in (Union, UnionType):
@@ -102,7 +124,7 @@ def restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
         return None if plain is None else restore(some, plain, arrays)
     if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
-        return hint(**{f.name: restore(hints[f.name], plain[f.name], arrays) for f in fields(hint) if _due(f, plain)})
+        return hint(**{f.name: restore(hints[f.name], plain[f.name], arrays) for f in fields(hint)})
     if get_origin(hint) is tuple:
         return tuple(restore(get_args(hint)[0], item, arrays) for item in plain)
     if isinstance(plain, dict):
@@ -110,10 +132,6 @@ def restore(hint: Any, plain: Any, arrays: Mapping[str, Array]) -> Any:
             raise TypeError(f"{hint} is no mapping, but stands as one")
         return {name: restore(get_args(hint)[1], item, arrays) for name, item in plain.items()}
     return plain
-
-
-def _due(field: Field[Any], plain: Mapping[str, Any]) -> bool:
-    return field.name in plain or (field.default is MISSING and field.default_factory is MISSING)
 
 
 def columns_of(recorded: Sequence[str], served: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:

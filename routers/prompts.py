@@ -18,7 +18,7 @@ FORMAT = Format(
     thing="prompt experts",
     head="prompts.json",
     body="regions.safetensors",
-    version=1,
+    version=2,
     again="collegium router prompts --demos FILE --expert ID --out DIR",
 )
 
@@ -47,7 +47,7 @@ class Regions:
     def load(cls, folder: Path) -> "Regions":
         """Raises ConfigError."""
         head = FORMAT.read_head(folder)
-        with FORMAT.reading(folder) as arrays:
+        with FORMAT.reading(folder, head) as arrays:
             found = cls(
                 expert_ids=tuple(head["expert_ids"]),
                 centroids_KW=arrays["centroids"],

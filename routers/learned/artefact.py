@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from experts.errors import ConfigError
 from routers.artefacts import Format, flatten, restore
 from routers.learned import MODELS
 from routers.learned.base import Model
+from routers.questions import Questions
 from routers.records import Array
 
 FORMAT = Format(
     thing="fitted router",
     head="router.json",
     body="model.safetensors",
-    version=2,
+    version=3,
     again="collegium router fit NAME --pool DIR --out DIR",
 )
 _NEWCOMERS = "newcomers."
@@ -64,12 +67,22 @@ def save(fitted: Fitted, folder: Path) -> None:
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, or of another version."""
     about = FORMAT.read_head(folder)
-    with FORMAT.reading(folder) as arrays:
+    with FORMAT.reading(folder, about) as arrays:
         model = restore(model_class(about["name"]), about["model"], arrays)
         values = {f.name: about[f.name] for f in fields(Fitted)}
-        return Fitted(
+        fitted = Fitted(
             **{**values, "expert_ids": tuple(values["expert_ids"]), "model": _joined(model, arrays)},
         )
+        _try(fitted)
+        return fitted
+
+
+def _try(fitted: Fitted) -> None:
+    """Predicts once: whatever does not fit together fails now, not at the first request. Raises ValueError."""
+    empty = Questions(vectors_QW=np.zeros((1, fitted.width), np.float32), tasks=(None,), texts=("",))
+    scores = fitted.model.predict(empty)
+    if scores.shape != (1, len(fitted.expert_ids)) or not np.isfinite(scores).all():
+        raise ValueError(f"it scores {scores.shape[-1]} experts, or not by numbers; it names {len(fitted.expert_ids)}")
 
 
 def _joined(model: Model, arrays: Mapping[str, Array]) -> Model:

@@ -34,7 +34,7 @@ class Knn:
     k: int
     strength: float
     same_task: float
-    cells: Cells = field(default_factory=Cells)
+    cells: Cells
 
     @classmethod
     def fit(cls, training: Training) -> Self:

@@ -263,7 +263,7 @@ def test_fit_show_and_the_heat_map(make_pool, tmp_path, monkeypatch):
     words = ["router", "fit", "skills", "--pool", make_pool(), "--out", out, "--encoder", "wordllama"]
     assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
     head = json.loads((out / "router.json").read_text())
-    assert head["version"] == 2
+    assert head["version"] == artefact.FORMAT.version
     assert head["pool_digest"]
     assert head["model"]["profiles"]["scores"]["law-expert"]["law"] > 0
     shown = CliRunner().invoke(app, ["router", "show", str(out)])

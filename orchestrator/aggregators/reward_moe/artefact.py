@@ -59,7 +59,7 @@ def save(fitted: Fitted, folder: Path) -> None:
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, of another version, or holds NaN."""
     about = FORMAT.read_head(folder)
-    with FORMAT.reading(folder) as arrays:
+    with FORMAT.reading(folder, about) as arrays:
         values = {f.name: about[f.name] for f in fields(Fitted)}
         values["model"] = restore(_model_class(about["kind"]), about["model"], arrays)
         values["scaling"] = restore(Scaling, about["scaling"], arrays)

@@ -22,7 +22,7 @@ FORMAT = Format(
     thing="fitted stack",
     head="stack.json",
     body="stack.safetensors",
-    version=3,
+    version=4,
     again="collegium build stack --pool DIR --out DIR",
 )
 
@@ -65,7 +65,7 @@ def save(fitted: Fitted, folder: Path) -> None:
 def load(folder: Path) -> Fitted:
     """Raises ConfigError when the artefact is missing, broken, of another version, or holds NaN."""
     about = FORMAT.read_head(folder)
-    with FORMAT.reading(folder) as arrays:
+    with FORMAT.reading(folder, about) as arrays:
         fitted: Fitted = restore(Fitted, about, arrays)
         _check(fitted, arrays)
         return fitted
