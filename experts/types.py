@@ -3,8 +3,8 @@
 All are frozen, slotted, keyword-only dataclasses. pydantic lives only at the edges (HTTP and YAML).
 """
 
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,7 +56,7 @@ class Request:
     clock; ``deadline_s`` counts from it.
     """
 
-    request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
+    request_id: str = field(default_factory=lambda: f"req_{secrets.token_hex(16)}")
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     params: SamplingParams = SamplingParams()

@@ -25,6 +25,7 @@ from orchestrator.batches.register import Register
 from orchestrator.build import Service, build_service, make_engine
 from orchestrator.config import Config, load_config
 from orchestrator.decisions import DecisionLog, MemoryShelf, SqliteShelf
+from orchestrator.direct import Direct
 from orchestrator.endpoints import Endpoints
 from orchestrator.exchange import BROKEN, error_reply
 from orchestrator.host import Host
@@ -73,6 +74,13 @@ def create_app(
     app.state.host = host
     endpoints = Endpoints(host, decisions, metrics, reload=lambda: _reload(host, config_path))
     mount(app, endpoints, BatchEndpoints(host, register, manager, config.batches))
+    busy = {
+        "/v1/chat/completions": endpoints.chat,
+        "/v1/completions": endpoints.completions,
+        "/v1/route": endpoints.route,
+        "/v1/embeddings": endpoints.embeddings,
+    }
+    app.add_middleware(Direct, handlers=busy, refused=metrics.refused)
     _explain_errors(app, metrics)
     return app
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -120,8 +120,8 @@ class Client:
             raise ClientGone from exc
         self._sending_since = None
 
-    @asynccontextmanager
-    async def attended(self) -> AsyncIterator[None]:
+    @contextmanager
+    def attended(self) -> Iterator[None]:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a coroutine always runs in one
         look = asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look, task)

@@ -20,6 +20,7 @@ from orchestrator.run import Run
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+_UNCACHED = (b"cache-control", b"no-cache")
 BROKEN = "Something broke in collegium itself; its log says what."
 
 
@@ -73,7 +74,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = Client(receive, send, stall_s=self._stall_s)
         try:
-            async with client.attended():
+            with client.attended():
                 await self._tell(client)
         except ClientGone:
             return
@@ -100,17 +101,18 @@ class Whole:
         self._told = False
 
     async def tell(self, client: Client) -> None:
-        reply = self._render(await self._orchestrator.complete(self._run))
+        body = to_json(self._render(await self._orchestrator.complete(self._run)))
         self._told = True
-        await _send(reply, client)
+        length = (b"content-length", str(len(body)).encode())
+        await client.send(_start(self._run, b"application/json", length))
+        await client.send(_last(body))
 
     async def fail(self, exc: CollegiumError, client: Client) -> None:
         if not self._told:
             await _send(error_reply(exc, self._run.request.request_id), client)
 
-    def _render(self, completions: list[Completion]) -> JSONReply:
-        body = answer_body(self._run, completions, self._form, created=self._created, explain=self._explain)
-        return JSONReply(body, headers={"x-collegium-decision": self._run.request.request_id})
+    def _render(self, completions: list[Completion]) -> dict[str, Any]:
+        return answer_body(self._run, completions, self._form, created=self._created, explain=self._explain)
 
 
 class Events:
@@ -136,7 +138,7 @@ class Events:
             async for chunk in chunks:
                 if not self._started:
                     self._started, self._expert_id = True, chunk.expert_id
-                    await client.send(self._start())
+                    await client.send(_start(self._run, b"text/event-stream; charset=utf-8", _UNCACHED))
                 if chunk.usage is None or chunk.text or chunk.tool_calls or chunk.finish_reason:
                     self._unsent.append(self._event(chunk))
                 if self._unsent and not chunk.more:
@@ -150,14 +152,6 @@ class Events:
             await _send(error_reply(exc, self._run.request.request_id), client)
             return
         await client.send(_last(*self._unsent, _data(error_body(exc)), DONE))
-
-    def _start(self) -> Message:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-collegium-decision", self._run.request.request_id.encode()),
-        ]
-        return {"type": "http.response.start", "status": 200, "headers": headers}
 
     def _event(self, chunk: Chunk) -> bytes:
         first = chunk.index not in self._begun
@@ -186,6 +180,11 @@ class Events:
 async def _send(reply: Response, client: Client) -> None:
     await client.send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
     await client.send({"type": "http.response.body", "body": reply.body})
+
+
+def _start(run: Run, kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
+    always = ((b"content-type", kind), (b"x-collegium-decision", run.request.request_id.encode()))
+    return {"type": "http.response.start", "status": 200, "headers": [*always, *headers]}
 
 
 def _data(body: Any) -> bytes:

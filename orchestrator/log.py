@@ -38,6 +38,8 @@ class JsonFormatter(logging.Formatter):
 
 def configure(level: str) -> None:
     """JSON lines on stderr from the root logger. For the commands that serve; a library never calls it."""
+    # What the lines do not say need not be found out for each of them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -70,4 +72,5 @@ class RequestLog:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
         }
-        log.info("request ended", extra={"fields": fields})
+        # Not log.info(): who calls it is nothing that has to be found out for each request.
+        log.handle(log.makeRecord(log.name, logging.INFO, "", 0, "request ended", (), None, extra={"fields": fields}))

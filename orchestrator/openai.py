@@ -224,6 +224,7 @@ class ChatBody(Body):
             else self.response_format.model_dump(exclude_none=True, by_alias=True),
             tenant=tenant,
             metadata=_metadata(self.collegium, self.metadata),
+            stream=bool(self.stream),
             deadline_s=limits.deadline_s,
         )
 
@@ -244,6 +245,7 @@ class CompletionBody(Body):
             params=self.params(limits, max_tokens=self.max_tokens, logprobs=self.logprobs),
             tenant=tenant,
             metadata=_metadata(self.collegium, None),
+            stream=bool(self.stream),
             deadline_s=limits.deadline_s,
         )
 

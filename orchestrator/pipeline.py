@@ -5,9 +5,10 @@ Everything here is made in build.py and handed in; nothing here knows HTTP, YAML
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from experts.base import Expert, collect_choices
 from experts.errors import BadRequest, ConfigError, DeadlineExceeded
@@ -42,21 +43,22 @@ class Orchestrator:
 
         Raises a CollegiumError. The caller keeps the deadline (see deadline()) and closes the iterator.
         """
-        async with self._ledger.watch(run), self._admission.place():
-            run.decision = await self.route(run.request, run.policy)
-            self._ledger.note_route(run)
-            max_calls = self.max_calls(run.decision, run.request, run.policy)
-            experts = chains(run.decision, self._experts, max_calls=max_calls, hedge_after_s=self._hedge_after_s)
-            if len(experts) == 1:
-                async with aclosing(experts[0].generate(run.request)) as stream:
-                    async for chunk in stream:
-                        run.answer_usage = chunk.usage or run.answer_usage
-                        yield chunk
-                return
-            answers = await ask_panel(experts, run)
-            answer = await run.policy.aggregator.aggregate(run.request, run.decision, answers)
-            run.answer_usage, run.trace = answer.usage, answer.trace
-            yield _as_chunk(answer)
+        with self._ledger.watch(run):
+            async with self._admission.place():
+                run.decision = await self.route(run.request, run.policy)
+                self._ledger.note_route(run)
+                max_calls = self.max_calls(run.decision, run.request, run.policy)
+                experts = chains(run.decision, self._experts, max_calls=max_calls, hedge_after_s=self._hedge_after_s)
+                if len(experts) == 1:
+                    async with aclosing(experts[0].generate(run.request)) as stream:
+                        async for chunk in stream:
+                            run.answer_usage = chunk.usage or run.answer_usage
+                            yield chunk
+                    return
+                answers = await ask_panel(experts, run)
+                answer = await run.policy.aggregator.aggregate(run.request, run.decision, answers)
+                run.answer_usage, run.trace = answer.usage, answer.trace
+                yield _as_chunk(answer)
 
     async def complete(self, run: Run) -> list[Completion]:
         """The whole answer, one Completion a choice, inside the deadline."""
@@ -118,19 +120,26 @@ class Orchestrator:
         return 1
 
 
-@asynccontextmanager
-async def deadline(request: Request) -> AsyncIterator[None]:
+class deadline:  # noqa: N801  # used as asyncio.timeout is
     """Ends the block when the request's deadline passes, with DeadlineExceeded.
 
     Belongs around the loop that consumes a stream, never inside a generator: a timeout must not span a yield.
     """
-    try:
-        async with asyncio.timeout(request.expires_s - time.monotonic()) as limit:
-            yield
-    except TimeoutError as exc:
-        if not limit.expired():
-            raise
-        raise DeadlineExceeded(f"The request took longer than its {request.deadline_s:g} s.") from exc
+
+    __slots__ = ("_limit", "_request")
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._limit = asyncio.timeout(request.expires_s - time.monotonic())
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    async def __aexit__(self, *failure: Any) -> None:
+        try:
+            await self._limit.__aexit__(*failure)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"The request took longer than its {self._request.deadline_s:g} s.") from exc
 
 
 def _as_chunk(answer: Completion) -> Chunk:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,10 +55,7 @@ class Run:
     @property
     def usage(self) -> Usage:
         """All calls together."""
-        return Usage(
-            prompt_tokens=sum(c.usage.prompt_tokens for c in self.calls),
-            completion_tokens=sum(c.usage.completion_tokens for c in self.calls),
-        )
+        return sum((c.usage for c in self.calls), Usage())
 
     @property
     def usd(self) -> float:
@@ -92,8 +89,8 @@ class Ledger:
         """Returns when no run is under way."""
         await self._idle.wait()
 
-    @asynccontextmanager
-    async def watch(self, run: Run) -> AsyncIterator[None]:
+    @contextmanager
+    def watch(self, run: Run) -> Iterator[None]:
         """Keeps ``run`` for as long as it lasts and settles how it ended. Raises BadRequest for an id in use."""
         started, request_id = time.monotonic(), run.request.request_id
         if request_id in self._runs:

@@ -7,7 +7,6 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.routing import Route
 
 from orchestrator import reply_models as replies
 from orchestrator.batches.endpoints import BatchBody, BatchEndpoints
@@ -159,8 +158,6 @@ def _asks(
         responses={200: ok, **_errors(tuple(ERRORS))},
         openapi_extra={"requestBody": {"required": True, "content": _json(body)}, **_PERHAPS_A_KEY},
     )
-    # FastAPI's route is for the document. Its dependencies, which we have none of, cost a tenth of a request.
-    app.router.routes.insert(0, Route(path, handler, methods=["POST"]))
 
 
 def _tells(

@@ -70,6 +70,7 @@ def run(config: Config, *, config_path: Path | None, listener: socket.socket, gr
         lifespan="on",
         log_config=None,
         log_level="warning",
+        proxy_headers=False,  # nobody here asks who the client is
         timeout_graceful_shutdown=grace_s,
         ws="none",
     )

@@ -38,6 +38,8 @@ class RouteDecision:
 
     def top(self, k: int) -> "RouteDecision":
         """The same decision for ``k`` experts, fewer where draws repeat one."""
+        if k == len(self.expert_ids) and not self.draws:
+            return self
         if self.draws:
             counts = Counter(self.draws[:k])
             return replace(self, expert_ids=tuple(counts), weights=normalise(list(counts.values())))
@@ -67,7 +69,8 @@ def decide(scores: Mapping[str, float], *, reason: str, router: str) -> RouteDec
     bad = [e for e, s in scores.items() if not math.isfinite(s)]
     if bad:
         raise ValueError(f"router '{router}' gave a score that is not finite to {bad}")
-    return RouteDecision(expert_ids=(), weights=(), scores=scores, reason=reason, router=router).top(1)
+    best = tuple(e for e in (max(scores, key=scores.__getitem__, default=None),) if e is not None)
+    return RouteDecision(expert_ids=best, weights=(1.0,) * len(best), scores=scores, reason=reason, router=router)
 
 
 def normalise(scores: Sequence[float]) -> tuple[float, ...]:

@@ -60,9 +60,8 @@ class Worker:
             # Calls of one line may be under way together, and the ledger knows a run by its request's id.
             own = replace(request, request_id=f"{request.request_id}-{call.slot}")
             run = Run(request=own, policy=policy)
-            with bugs_told():
-                async with bench.service.ledger.watch(run):
-                    completions = await self._patiently(_expert(bench, call.expert_id), own)
+            with bugs_told(), bench.service.ledger.watch(run):
+                completions = await self._patiently(_expert(bench, call.expert_id), own)
         except CollegiumError as exc:
             return self._failed(call, exc), run.calls if run else []
         answer = Answer(completions=completions, calls=run.calls)
@@ -120,7 +119,7 @@ class Worker:
             completions = answers[0].completions
         else:
             own = Run(request=run.request, policy=run.policy, decision=decision, calls=made)
-            async with bench.service.ledger.watch(own):
+            with bench.service.ledger.watch(own):
                 first = [answer.completions[0] for answer in answers]
                 completions = [await run.policy.aggregator.aggregate(run.request, decision, first)]
             run.calls = [*run.calls, *made]

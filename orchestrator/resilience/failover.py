@@ -31,7 +31,7 @@ class Retrying:
         for attempt in itertools.count():
             begun = False
             try:
-                async with aclosing(_answer(self._inner, request)) as stream:
+                async with aclosing(self._inner.generate(request)) as stream:
                     async for chunk in stream:
                         begun = True
                         yield chunk
@@ -74,7 +74,7 @@ class Fallback:
         while expert is not None:
             begun = False
             try:
-                async with aclosing(_answer(expert, request)) as stream:
+                async with aclosing(expert.generate(request)) as stream:
                     async for chunk in stream:
                         begun = True
                         yield chunk
@@ -89,16 +89,3 @@ class Fallback:
 
     async def aclose(self) -> None:
         """The experts belong to the pool."""
-
-
-def _answer(expert: Expert, request: Request) -> ChunkStream:
-    """The expert's stream; held back until it is complete for a caller who reads no stream."""
-    stream = expert.generate(request)
-    return stream if request.stream else _hold(stream)
-
-
-async def _hold(stream: ChunkStream) -> ChunkStream:
-    async with aclosing(stream):
-        chunks = [chunk async for chunk in stream]
-    for chunk in chunks:
-        yield chunk

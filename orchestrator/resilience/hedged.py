@@ -25,7 +25,7 @@ class Hedged:
 
     async def generate(self, request: Request) -> ChunkStream:
         # The race is for the first chunk: held back until the end, every long answer would look slow.
-        request = request if request.stream else replace(request, stream=True)
+        is_read, request = request.stream, replace(request, stream=True)
         races: list[asyncio.Task[Chunk]] = []
         async with (
             aclosing(self._first.generate(request)) as first,
@@ -34,12 +34,19 @@ class Hedged:
             try:
                 winner = await self._race(first, second, races)
                 _cancel(races)  # only asked to: the chunk does not wait for the loser's end
-                yield races[winner].result()
+                held = [races[winner].result()]
+                if is_read:
+                    yield held.pop()
             finally:
                 _cancel(races)
                 await asyncio.gather(*races, return_exceptions=True)
             async for chunk in (first, second)[winner]:
-                yield chunk
+                if is_read:
+                    yield chunk
+                else:
+                    held.append(chunk)
+        for chunk in held:
+            yield chunk
 
     async def aclose(self) -> None:
         """The experts belong to the pool."""

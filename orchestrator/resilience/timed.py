@@ -36,9 +36,10 @@ class Timed:
     """Reports every call, however it ends. Fails one whose first chunk is late, or that ends before each choice has
     its finish reason: silence is no answer, and half an answer is none either.
 
-    Where no stream is asked for, an engine may send its answer whole: its first chunk is as late as its last then. Such
-    a call has ``WHOLE_SHARE`` of the request's deadline, so that one that hangs leaves time for the next expert, and
-    is told apart from a caller who gave up.
+    Where no stream is asked for, the answer is held back until it is complete, so that one that breaks off can be asked
+    for again. An engine may send it whole then: its first chunk is as late as its last. Such a call has ``WHOLE_SHARE``
+    of the request's deadline, so that one that hangs leaves time for the next expert, and is told apart from a caller
+    who gave up.
     """
 
     WHOLE_SHARE = 0.75
@@ -50,17 +51,25 @@ class Timed:
         self._first_chunk_s = first_chunk_s
 
     async def generate(self, request: Request) -> ChunkStream:
-        call = _Call(self.spec, request)
+        call, held = _Call(self.spec, request), list[Chunk]()
         try:
             async with aclosing(self._inner.generate(request)) as stream:
                 chunk = await self._first(stream, request)
                 call.first_s = time.monotonic()
                 call.note(chunk)
-                yield chunk
+                if request.stream:
+                    yield chunk
+                else:
+                    held.append(chunk)
                 async for chunk in stream:
                     call.note(chunk)
-                    yield chunk
+                    if request.stream:
+                        yield chunk
+                    else:
+                        held.append(chunk)
             call.check_end()
+            for chunk in held:
+                yield chunk
         except asyncio.CancelledError as exc:
             if is_cancelled():
                 call.error = failure_kind(exc)

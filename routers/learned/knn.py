@@ -4,7 +4,7 @@ Neighbours of the same task count more by ``same_task``, a cosine. Means of k an
 Of many questions only those in the nearest cells are looked at (cells.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Self
 

@@ -494,7 +494,7 @@ def test_a_stream_is_not_begun_again(virtual: Virtual) -> None:
 @pytest.mark.parametrize("wrap", [retrying, lambda inner: Fallback(inner, iter([inner]))])
 def test_a_whole_answer_that_breaks_off_is_asked_for_again(virtual: Virtual, wrap: Callable[[Any], Any]) -> None:
     inner = Scripted(["half", failed()], ["whole", END])
-    assert virtual(lambda: texts(wrap(inner), ask(stream=False))) == ["whole"]
+    assert virtual(lambda: texts(wrap(timed(inner)[0]), ask(stream=False))) == ["whole"]
     assert (inner.calls, inner.running) == (2, 0)
 
 
@@ -681,6 +681,13 @@ def test_a_hedged_whole_answer_races_for_the_first_chunk(virtual: Virtual) -> No
 
     assert virtual(whole) == "a"
     assert second.calls == 0
+
+
+def test_a_hedged_whole_answer_that_breaks_off_is_asked_elsewhere(virtual: Virtual) -> None:
+    first, second, third = Scripted(["half", failed()]), Scripted(expert_id="b"), Scripted(["c", END], expert_id="c")
+    row = Fallback(Hedged(timed(first)[0], timed(second)[0], after_s=2.0), iter([timed(third)[0]]))
+    assert virtual(lambda: texts(row, ask(stream=False))) == ["c"]
+    assert (first.calls, second.calls, third.calls) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("leave_after_s", [0.0, 1.0, 2.0, 3.0, 6.0])
