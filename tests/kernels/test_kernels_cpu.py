@@ -43,7 +43,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 # Quantisation
 
 
-@pytest.mark.parametrize(("bits", "group", "bound"), [(8, 0, 0.008), (8, 32, 0.006), (4, 32, 0.095), (4, 128, 0.115)])
+@pytest.mark.parametrize(("bits", "group", "bound"), [(8, 0, 0.008), (8, 32, 0.0054), (4, 32, 0.084), (4, 128, 0.1)])
 def test_measured_error_of_gaussian_weights(bits: int, group: int, bound: float) -> None:
     w = torch.randn(3, 64, 256)
     assert 0 < relative_error(w, quantise(w, bits=bits, group=group)) < bound
@@ -55,10 +55,10 @@ def test_codes_come_back_within_half_a_step(bits: int) -> None:
     q = quantise(w, bits=bits, group=32)
     assert q.codes_ENK.shape == (2, 5, 96)
     top = torch.nn.functional.pad(w, (0, 26)).view(2, 5, 3, 32).abs().amax(3)
-    step = q.scales_ENG.float() / top.clamp(min=1e-9)
-    assert (step <= 1.01 / ((1 << (bits - 1)) - 1)).all()
+    scales = q.scales_ENG.float().abs()
+    assert (scales / top.clamp(min=1e-9) <= 1.07 / (1 << (bits - 1))).all()
     inside = (q.codes_ENK > 0) & (q.codes_ENK < (1 << bits) - 1)
-    error = (q.dequantise() - w).abs() / q.scales_ENG.float().repeat_interleave(32, 2)[:, :, :70]
+    error = (q.dequantise() - w).abs() / scales.repeat_interleave(32, 2)[:, :, :70]
     assert error[inside[:, :, :70]].max() <= 0.5001
 
 
