@@ -24,6 +24,7 @@ class Http1(HttpToolsProtocol):
 
     _headers_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
+    _in_head = True
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -37,19 +38,21 @@ class Http1(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._headers_timer is None or self.transport.is_closing():
+        if not self._in_head or self.transport.is_closing():
             return
+        if self._headers_timer is None:  # most headers come in one piece, and are read by now
+            self._await_headers()
         self._head_bytes += len(data)  # all of it, for the headers are not complete
         if self._head_bytes > self.HEAD_BYTES:
             self.send_400_response(f"The request's headers take more than {self.HEAD_BYTES} bytes.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._await_headers()
+        self._in_head = True
 
     def on_headers_complete(self) -> None:
         self._stop(self._headers_timer)
-        self._headers_timer, self._head_bytes = None, 0
+        self._headers_timer, self._in_head, self._head_bytes = None, False, 0
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
