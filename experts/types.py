@@ -12,7 +12,7 @@ from typing import Any, Literal
 from experts.errors import BadRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Priority = Literal["online", "batch"]
 Backend = Literal["vllm", "serve", "openai", "recorded", "fake"]
 
@@ -44,6 +44,8 @@ class SamplingParams:
     logprobs: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    more: JSON | None = None
+    """What only some engines know (top_k, reasoning_effort): sent on as it is, by its name in the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,12 @@ from typing import Any
 from experts.errors import BadRequest, CollegiumError, ContextLengthExceeded, ExpertFailed
 from experts.types import Chunk, ExpertSpec, FinishReason, Message, Request, Usage
 
-_FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+_FINISH: Mapping[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "content_filter": "content_filter",
+}
 _BROKEN = ("error", "abort")
 """What vLLM, and endpoints that resell others', say of an answer that was cut."""
 
@@ -38,7 +43,8 @@ def request_body(request: Request, model: str) -> dict[str, Any]:
         body["response_format"] = request.response_format
     else:
         body["prompt"] = request.prompt
-    return {key: value for key, value in body.items() if value is not None}
+    body = {key: value for key, value in body.items() if value is not None}
+    return {**params.more, **body} if params.more else body
 
 
 def _message(message: Message) -> dict[str, Any]:
