@@ -553,6 +553,7 @@ class TestOptions:
         ("options", "words"),
         [
             ({"read_ms": 5}, "unknown option 'read_ms'; did you mean 'read_s'"),
+            ({"timeout": 5}, "unknown option 'timeout'; known: connect_s, read_s, "),
             ({"connect_s": "soon"}, "connect_s"),
             ({"connect_s": 0}, "connect_s"),
             ({"headers": {"X": 1}}, "headers.X"),
