@@ -151,7 +151,7 @@ class Body(Wire):
     prompt_cache_key: str | None = Field(None, description=_NOT_READ)
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(None, description=_SENT_ON)
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description=_SENT_ON)
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = Field(None, description=_SENT_ON)
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description=_SENT_ON)
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(None, description=_SENT_ON)
     collegium: Extension | None = None
 
