@@ -111,6 +111,8 @@ class Usage:
 class Chunk:
     """A piece of one streamed choice. Not frozen: one is made per token, and freezing doubles its cost.
 
+    ``reasoning`` is what a reasoning model says before its answer, where its engine tells the two apart.
+
     ``finish_reason`` ends choice ``index``: a stream without one for each of its request's ``n`` choices was cut.
     ``usage`` comes once, on the stream's last chunk, if the engine tells it at all. ``more`` says that the next chunk
     is there already, so that a writer may send both at once.
@@ -118,6 +120,7 @@ class Chunk:
 
     expert_id: str
     text: str = ""
+    reasoning: str = ""
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None
@@ -138,6 +141,7 @@ class Completion:
     request_id: str
     expert_id: str
     text: str
+    reasoning: str = ""
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None

@@ -82,8 +82,9 @@ def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
     said = choice.get("delta") or choice.get("message") or choice
     text = said.get("content") or said.get("text") or said.get("refusal")
     tool_calls = said.get("tool_calls")
+    reasoning = said.get("reasoning_content") or said.get("reasoning")
     reason = choice.get("finish_reason")
-    if not (text or tool_calls or reason or said.get("reasoning_content") or said.get("reasoning")):
+    if not (text or tool_calls or reason or reasoning):
         return None
     if text and not isinstance(text, str):
         raise TypeError(f"content of type {type(text).__name__}")
@@ -92,6 +93,7 @@ def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
     return Chunk(
         expert_id=expert_id,
         text=text or "",
+        reasoning=reasoning if isinstance(reasoning, str) else "",
         index=choice.get("index") or 0,
         tool_calls=_tool_calls(tool_calls, whole="message" in choice) if tool_calls else (),
         logprobs=choice.get("logprobs"),

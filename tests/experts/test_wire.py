@@ -76,7 +76,9 @@ class TestEvents:
             (choice(delta={"content": "hi"}), Chunk(expert_id="tutor", text="hi")),
             (choice(text="hi"), Chunk(expert_id="tutor", text="hi")),
             (choice(delta={"refusal": "no"}), Chunk(expert_id="tutor", text="no")),
-            (choice(delta={"reasoning_content": "hm"}), Chunk(expert_id="tutor")),
+            (choice(delta={"reasoning_content": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
+            (choice(delta={"reasoning": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
+            (choice(delta={"reasoning": [{"no": "text"}]}), Chunk(expert_id="tutor")),
             (choice(delta={}, finish_reason="length"), Chunk(expert_id="tutor", finish_reason="length")),
             (
                 choice(delta=None, finish_reason="content_filter"),

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from experts.fake import FakeEngine
-from experts.types import ChunkStream, EngineSpec, ExpertSpec, Request
+from experts.types import Chunk, ChunkStream, EngineSpec, ExpertSpec, Request
 from tests.orchestrator.served import Served, fake_config, serving
 
 ASK: list[Any] = [{"role": "user", "content": "Ann"}]
@@ -209,6 +209,25 @@ def test_what_only_some_engines_know_is_sent_on() -> None:
     chat, text = (request.params.more for request in seen)
     assert chat == {**more, "reasoning_effort": "low", "verbosity": "high", "logit_bias": {"50": -100}}
     assert text == {}
+
+
+class Thinking(FakeEngine):
+    async def generate(self, request: Request, expert: ExpertSpec) -> ChunkStream:
+        for piece in ("so ", "what"):
+            yield Chunk(expert_id=expert.expert_id, reasoning=piece)
+        yield Chunk(expert_id=expert.expert_id, text="42", finish_reason="stop")
+
+
+@pytest.mark.parametrize("model", ["one", "collegium/panel"])
+def test_reasoning_stands_beside_the_answer(model: str) -> None:
+    panel = {"router": "always", "top_k": 2, "aggregator": "vote"}
+    config = fake_config({"policies": {"default": {}, "panel": panel}})
+    with serving(config, make=Thinking) as served, served.client() as client:
+        message = client.chat.completions.create(model=model, messages=ASK).choices[0].message
+        deltas = [c.choices[0].delta for c in client.chat.completions.create(model=model, messages=ASK, stream=True)]
+    assert (message.content, message.model_extra) == ("42", {"reasoning_content": "so what"})
+    assert "".join(d.content or "" for d in deltas) == "42"
+    assert "".join((d.model_extra or {}).get("reasoning_content", "") for d in deltas) == "so what"
 
 
 def test_models(client: openai.OpenAI) -> None:
