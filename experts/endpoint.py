@@ -18,6 +18,9 @@ from yarl import URL
 from experts.errors import ConfigError
 from experts.types import EngineSpec
 
+BESIDE = ("base_url", "api_key_env")
+"""Options that stand in the config beside ``options``, not in it."""
+
 
 class Options(BaseModel):
     """What stands under an ``openai`` engine in the config. Times in seconds."""
@@ -55,8 +58,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{key}: {error['msg']}"
-    near = difflib.get_close_matches(key, Options.model_fields, n=1)
-    return f"unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    known = [name for name in Options.model_fields if name not in BESIDE]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown option '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}.")
 
 
 def key_headers(spec: EngineSpec, options: Options) -> dict[str, str]:

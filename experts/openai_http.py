@@ -23,6 +23,7 @@ from experts.types import Chunk, ChunkStream, EngineSpec, ExpertSpec, Request
 from experts.wire import read_error, read_event, request_body
 
 _ERROR_BYTES = 64 * 1024
+_KEY_CHARS = 12
 _LARGE_BYTES = 2**20
 _LINGER_S = 1.0
 """How long an endpoint may take to end a stream it has said [DONE] in, before its connection is given up."""
@@ -75,7 +76,7 @@ class OpenAIEngine:
             # What aiohttp says to a call whose session is closed under it.
             raise ExpertFailed(f"Expert '{expert.expert_id}': its engine was unloaded.") from exc
         except CollegiumError as exc:
-            _hide_key(exc, session)
+            _hide_keys(exc, session, self._options.headers)
             raise
 
     def _body(self, request: Request) -> bytes:
@@ -217,12 +218,14 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return min(max(wait_s, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(wait_s) else None
 
 
-def _hide_key(exc: CollegiumError, session: aiohttp.ClientSession) -> None:
-    """Endpoints like to repeat the key that they refuse."""
-    key = session.headers.get("Authorization", "").removeprefix("Bearer ")
-    if key and key in exc.message:
-        exc.message = exc.message.replace(key, "(the key)")
-        exc.args = (exc.message,)
+def _hide_keys(exc: CollegiumError, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> None:
+    """Endpoints like to repeat the key that they refuse. Some take it in a header of their own: a header's value that
+    is as long as a key is taken for one."""
+    own = [value for value in headers.values() if len(value) >= _KEY_CHARS]
+    for key in (session.headers.get("Authorization", "").removeprefix("Bearer "), *own):
+        if key and key in exc.message:
+            exc.message = exc.message.replace(key, "(the key)")
+            exc.args = (exc.message,)
 
 
 def _garbled(exc: Exception, expert: ExpertSpec) -> ExpertFailed:
@@ -231,7 +234,11 @@ def _garbled(exc: Exception, expert: ExpertSpec) -> ExpertFailed:
 
 _REASONS: tuple[tuple[type[Exception], bool, str], ...] = (
     (aiohttp.ClientConnectorDNSError, True, "has a name that does not resolve; check base_url"),
-    (aiohttp.ClientConnectorCertificateError, False, "has a TLS certificate that is not trusted; check base_url"),
+    (
+        aiohttp.ClientConnectorCertificateError,
+        False,
+        "has a TLS certificate that is not trusted; check base_url, or name your authority's file in SSL_CERT_FILE",
+    ),
     (aiohttp.ClientSSLError, False, "does not speak TLS; check base_url"),
     (aiohttp.ClientConnectorError, True, "cannot be reached; see that it runs and that base_url is right"),
     (aiohttp.ConnectionTimeoutError, True, "did not take a connection in time (connect_s)"),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from experts.errors import BadRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Priority = Literal["online", "batch"]
 Backend = Literal["vllm", "serve", "openai", "recorded", "fake"]
 
@@ -44,6 +44,8 @@ class SamplingParams:
     logprobs: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    more: JSON | None = None
+    """What only some engines know (top_k, reasoning_effort): sent on as it is, by its name in the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,8 @@ class Usage:
 class Chunk:
     """A piece of one streamed choice. Not frozen: one is made per token, and freezing doubles its cost.
 
+    ``reasoning`` is what a reasoning model says before its answer, where its engine tells the two apart.
+
     ``finish_reason`` ends choice ``index``: a stream without one for each of its request's ``n`` choices was cut.
     ``usage`` comes once, on the stream's last chunk, if the engine tells it at all. ``more`` says that the next chunk
     is there already, so that a writer may send both at once.
@@ -116,6 +120,7 @@ class Chunk:
 
     expert_id: str
     text: str = ""
+    reasoning: str = ""
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None
@@ -136,6 +141,7 @@ class Completion:
     request_id: str
     expert_id: str
     text: str
+    reasoning: str = ""
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None

@@ -8,7 +8,12 @@ from typing import Any
 from experts.errors import BadRequest, CollegiumError, ContextLengthExceeded, ExpertFailed
 from experts.types import Chunk, ExpertSpec, FinishReason, Message, Request, Usage
 
-_FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+_FINISH: Mapping[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "content_filter": "content_filter",
+}
 _BROKEN = ("error", "abort")
 """What vLLM, and endpoints that resell others', say of an answer that was cut."""
 
@@ -38,7 +43,8 @@ def request_body(request: Request, model: str) -> dict[str, Any]:
         body["response_format"] = request.response_format
     else:
         body["prompt"] = request.prompt
-    return {key: value for key, value in body.items() if value is not None}
+    body = {key: value for key, value in body.items() if value is not None}
+    return {**params.more, **body} if params.more else body
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -76,8 +82,9 @@ def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
     said = choice.get("delta") or choice.get("message") or choice
     text = said.get("content") or said.get("text") or said.get("refusal")
     tool_calls = said.get("tool_calls")
+    reasoning = said.get("reasoning_content") or said.get("reasoning")
     reason = choice.get("finish_reason")
-    if not (text or tool_calls or reason or said.get("reasoning_content") or said.get("reasoning")):
+    if not (text or tool_calls or reason or reasoning):
         return None
     if text and not isinstance(text, str):
         raise TypeError(f"content of type {type(text).__name__}")
@@ -86,6 +93,7 @@ def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
     return Chunk(
         expert_id=expert_id,
         text=text or "",
+        reasoning=reasoning if isinstance(reasoning, str) else "",
         index=choice.get("index") or 0,
         tool_calls=_tool_calls(tool_calls, whole="message" in choice) if tool_calls else (),
         logprobs=choice.get("logprobs"),

@@ -226,11 +226,15 @@ def _admission(config: Config) -> Admission:
 def _make(registry: Mapping[str, str], what: str, name: str, options: Mapping[str, Any], *parts: Any) -> Any:
     """An object of ``registry``; options it does not know are a ConfigError that names the nearest it does."""
     maker = _load(registry, name, what)
-    known = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(maker).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     for key in options:
         if key not in known:
-            raise ConfigError(f"{what} '{name}': unknown option '{key}'{nearest(key, known)}")
-    takes_parts = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(maker).parameters.values())
+            raise ConfigError(f"{what} '{name}': unknown option '{key}'{nearest(key, list(known))}")
+    for key, option in known.items():
+        if option.default is option.empty and key not in options:
+            raise ConfigError(f"{what} '{name}' needs the option '{key}': {{name: {name}, options: {{{key}: ...}}}}")
+    takes_parts = any(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     try:
         return maker(*(parts if takes_parts else ()), **options)
     except (TypeError, ValueError) as exc:

@@ -56,7 +56,9 @@ class RequestLog:
 
     def called(self, run: Run, call: CallRecord) -> None:
         if call.error not in _NOBODYS_FAULT:
-            log.warning("expert %s failed: %s", call.expert_id, call.error)
+            fields = {"expert": call.expert_id, "error": call.error, "request_id": run.request.request_id}
+            said = call.reason or f"Expert '{call.expert_id}' failed: {call.error}"
+            log.warning("%s", said, extra={"fields": fields})
 
     def ended(self, run: Run) -> None:
         if not log.isEnabledFor(logging.INFO):

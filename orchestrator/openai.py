@@ -30,6 +30,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_portable)]
 Rows = Annotated[list[T], Field(max_length=16_384, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -67,13 +68,21 @@ class Tool(Wire):
     function: ToolFunction
 
 
+_SENT_BACK = "Accepted, so that an assistant's reply can be sent back as the client dumps it; not read."
+
+
 class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Rows[TextPart] | None = None
     name: str | None = None
     tool_calls: Rows[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(None, description="Accepted, so that an assistant's reply can be sent back; not read.")
+    refusal: str | None = Field(None, description=_SENT_BACK)
+    annotations: list[Any] | None = Field(None, max_length=16_384, description=_SENT_BACK)
+    audio: None = Field(None, description=_SENT_BACK)
+    function_call: None = Field(None, description=_SENT_BACK)
+    reasoning: str | None = Field(None, description=_SENT_BACK)
+    reasoning_content: str | None = Field(None, description=_SENT_BACK)
 
     @model_validator(mode="after")
     def _complete(self) -> "ChatMessage":
@@ -114,6 +123,14 @@ class StreamOptions(Wire):
     include_obfuscation: bool | None = None
 
 
+_NOT_READ = "Accepted for compatibility; not read."
+_SENT_ON = "Sent on as it is; whether the expert's engine knows it is its own business."
+_MORE = frozenset(
+    ("top_k", "min_p", "repetition_penalty", "logit_bias", "reasoning_effort", "verbosity", "chat_template_kwargs")
+)
+"""Keys of a body that are sent on."""
+
+
 class Body(Wire):
     """What /chat/completions and /completions share."""
 
@@ -128,7 +145,14 @@ class Body(Wire):
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    user: str | None = Field(None, description="Accepted for compatibility; not read.")
+    user: str | None = Field(None, description=_NOT_READ)
+    service_tier: str | None = Field(None, description=_NOT_READ)
+    safety_identifier: str | None = Field(None, description=_NOT_READ)
+    prompt_cache_key: str | None = Field(None, description=_NOT_READ)
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(None, description=_SENT_ON)
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description=_SENT_ON)
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description=_SENT_ON)
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(None, description=_SENT_ON)
     collegium: Extension | None = None
 
     def params(self, limits: Limits, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -146,7 +170,12 @@ class Body(Wire):
             logprobs=logprobs,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            more=self._more(),
         )
+
+    def _more(self) -> JsonObject | None:
+        given = self.model_fields_set & _MORE
+        return {key: value for key in given if (value := getattr(self, key)) is not None} if given else None
 
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -202,8 +231,13 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Rows[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Accepted for compatibility; not read.")
+    parallel_tool_calls: bool | None = Field(None, description=_NOT_READ)
     response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description=_SENT_ON
+    )
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description=_SENT_ON)
+    chat_template_kwargs: JsonObject | None = Field(None, description=_SENT_ON)
     metadata: dict[str, str] | None = None
     store: bool | None = Field(None, description="Accepted for compatibility; nothing is stored.")
 

@@ -12,12 +12,16 @@ from experts.types import Completion
 from orchestrator.run import Run
 
 LATE, NOT_NEEDED, UNAVAILABLE = "late", "not_needed", "unavailable"
+LAST_SHARE = 0.9
+"""Of the deadline, how long experts are waited for once somebody has answered: the rest is for combining. An expert
+that hangs, and hands over late to one that hangs too, must not cost the answers that are there."""
 
 
 async def ask_panel(experts: Sequence[Expert], run: Run) -> list[Completion]:
     """The answers, in the experts' order, less those that failed or were not waited for; ``run.unanswered`` says why.
 
-    ``run.policy`` says whether experts are asked one by one, and how many answers are enough when the others are late.
+    ``run.policy`` says whether experts are asked one by one, and how many answers are enough when the others are late;
+    where it says nothing, one is enough when most of the deadline has passed.
     After each answer its aggregator says whether the rest still matters. Calls that do not are cancelled, and have
     ended when this returns. Raises the first expert's failure when all fail.
     """
@@ -42,7 +46,10 @@ class _Panel:
         self._answers: dict[int, Completion] = {}
         self._failures: dict[int, CollegiumError] = {}
         self._late: tuple[int, ...] = ()
-        self._late_s = time.monotonic() + (run.policy.late_s or 0.0)
+        if run.policy.late_s is None:
+            self._quorum, self._late_s = 1, run.request.arrival_s + LAST_SHARE * run.request.deadline_s
+        else:
+            self._quorum, self._late_s = run.policy.quorum or 1, time.monotonic() + run.policy.late_s
 
     @property
     def open(self) -> bool:
@@ -99,8 +106,7 @@ class _Panel:
         return LATE if last == "cancelled" else last
 
     def _has_quorum(self) -> bool:
-        quorum = self._run.policy.quorum
-        return quorum is not None and len(self._answers) >= quorum
+        return len(self._answers) >= self._quorum
 
     def _note(self, call: asyncio.Task[Completion]) -> None:
         """Raises what is no CollegiumError: a bug is not hidden by the others' answers."""

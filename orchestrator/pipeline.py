@@ -146,6 +146,7 @@ def _as_chunk(answer: Completion) -> Chunk:
     return Chunk(
         expert_id=answer.expert_id,
         text=answer.text,
+        reasoning=answer.reasoning,
         tool_calls=tuple({"index": i, **call} for i, call in enumerate(answer.tool_calls)),
         logprobs=answer.logprobs,
         finish_reason=answer.finish_reason,

@@ -79,6 +79,8 @@ def run(
     """
     from orchestrator.server import listen
 
+    if find_spec("ray") is None:
+        raise ConfigError("--runtime ray needs: pip install 'collegium[ray]' (and [cpu] or [gpu] where engines run).")
     logs.configure(config.telemetry.log_level)
     check(config, folder=Path.cwd())
     _set_environment(own_ray=address is None)

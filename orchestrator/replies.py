@@ -128,6 +128,8 @@ class ChatFormat:
             message["tool_calls"] = completion.tool_calls
         else:
             message["content"] = completion.text
+        if completion.reasoning:
+            message["reasoning_content"] = completion.reasoning
         return {
             "index": completion.index,
             "message": message,
@@ -140,6 +142,8 @@ class ChatFormat:
         delta: JsonObject = {"role": "assistant"} if first else {}
         if chunk.text or first:
             delta["content"] = chunk.text
+        if chunk.reasoning:
+            delta["reasoning_content"] = chunk.reasoning
         if chunk.tool_calls:
             delta["tool_calls"] = chunk.tool_calls
         return {

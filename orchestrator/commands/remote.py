@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from experts.errors import CollegiumError, Unavailable
+from experts.errors import BadRequest, CollegiumError, Unavailable
 from orchestrator.commands.question import Explanation, Question, View
 
 
@@ -35,12 +35,14 @@ async def route(url: str, question: Question) -> Mapping[str, Any]:
 
 @asynccontextmanager
 async def _post(url: str, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-    key = os.environ.get("COLLEGIUM_API_KEY")
+    if not url.startswith(("http://", "https://")):
+        raise BadRequest(f"--url takes an address with http:// or https:// before it, not '{url}'.")
+    base, key = url.rstrip("/").removesuffix("/v1"), os.environ.get("COLLEGIUM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         async with (
             aiohttp.ClientSession(headers=headers, read_bufsize=2**20) as session,
-            session.post(url.rstrip("/") + path, json=body) as reply,
+            session.post(base + path, json=body) as reply,
         ):
             if reply.status != 200:
                 raise _error(await _json(reply), reply.status)

@@ -34,6 +34,8 @@ def explain(error: Mapping[str, Any]) -> str:
             return f"{place}: needs a backend: one of {', '.join(get_args(Backend))}."
         case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
             return f"{place}: no name; it takes 1 to 64 letters, digits, '.', '_' and '-', a letter or digit first."
+        case "string_pattern_mismatch" if str(error["loc"][-1]).endswith("env"):
+            return f"{place}: takes the name of an environment variable that holds the key, never the key itself."
         case _:
             shown = f", not {given!r}" if given is None or isinstance(given, int | float) else ""
             return f"{place}: {error['msg']}{shown}."

@@ -10,6 +10,10 @@ from experts.types import Backend, EngineSpec, ExpertSpec, SamplingParams
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Of an environment variable that holds a key. Most keys are no such name: one that is put here by mistake is refused,
+and not repeated in an error or a log."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -55,7 +59,8 @@ class OpenAIConfig(BaseEngine):
     backend: Literal["openai"]
     model: str
     base_url: str = Field(pattern=r"^https?://")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    api_key_env: EnvName | None = Field(None, description="Environment variable that holds the key.")
+    options: dict[str, Any] = Field({}, description="How to talk to it: the last table of docs/config.md.")
 
 
 class ServeConfig(BaseEngine):
@@ -208,14 +213,14 @@ class Residency(Section):
 class ApiKey(Section):
     """A caller. The key itself stands in the environment, never in the file."""
 
-    env: str
+    env: EnvName
     models: tuple[str, ...] = Field((), description="What this key may ask for; empty: everything.")
     requests_per_minute: PositiveInt | None = None
 
 
 class Security(Section):
     api_keys: dict[Name, ApiKey] = Field({}, description="By tenant. Empty: no key is asked for.")
-    admin_key_env: str | None = Field(None, description="Opens POST /admin/reload.")
+    admin_key_env: EnvName | None = Field(None, description="Opens POST /admin/reload.")
 
 
 class Decisions(Section):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from experts.endpoint import BESIDE, Options
 from orchestrator.config.models import Config
 
 HEAD = """# collegium.yaml
@@ -12,11 +13,15 @@ as it stands; `collegium init --schema` prints this page as JSON Schema, for you
 is an error that names the nearest one.
 """
 
+OPTIONS = "Options of an openai engine"
+
 
 def reference() -> str:
     """The page, in Markdown: a table for the file and for each section in it."""
-    schema = Config.model_json_schema()
-    sections = {"Config": schema, **schema["$defs"]}
+    schema, endpoint = Config.model_json_schema(), Options.model_json_schema()
+    options = {key: node for key, node in endpoint["properties"].items() if key not in BESIDE}
+    about = "Times in seconds."
+    sections = {"Config": schema, **schema["$defs"], OPTIONS: {"description": about, "properties": options}}
     return HEAD + "".join(line + "\n" for name, section in sections.items() for line in _section(name, section))
 
 

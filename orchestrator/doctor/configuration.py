@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
+from experts.endpoint import read_options
 from experts.errors import ConfigError
 from experts.models import list_models
 from orchestrator.build import build_service, make_encoder
@@ -104,18 +106,25 @@ async def _ask_all(engines: Mapping[str, OpenAIConfig]) -> list[Finding]:
 
 
 async def _ask(session: aiohttp.ClientSession, name: str, engine: OpenAIConfig) -> Finding:
-    url = engine.base_url.rstrip("/") + "/models"
     key = (os.environ.get(engine.api_key_env) if engine.api_key_env else None) or None
     try:
-        async with session.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}) as reply:
+        options = read_options(engine.spec(name))
+    except ConfigError as exc:
+        return Finding(check="endpoints", status="fail", message=exc.message, todo="correct the config")
+    base = URL(engine.base_url)
+    url = (base / "models").with_query(base.query)
+    headers = {**options.headers, **({"Authorization": f"Bearer {key}"} if key else {})}
+    try:
+        async with session.get(url, headers=headers) as reply:
             body = await reply.json(content_type=None) if reply.status == HTTPStatus.OK else None
             return _judge(name, engine, reply.status, body, with_key=key is not None)
     except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+        untrusted = isinstance(exc, aiohttp.ClientConnectorCertificateError)
         return Finding(
             check="endpoints",
             status="fail",
             message=f"engine {name}: {url} cannot be reached: {str(exc) or f'no answer within {TIMEOUT_S} s'}",
-            todo="start it, or correct base_url",
+            todo="name your authority's file in SSL_CERT_FILE" if untrusted else "start it, or correct base_url",
         )
 
 

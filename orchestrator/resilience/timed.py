@@ -13,7 +13,8 @@ from experts.types import Chunk, ChunkStream, ExpertSpec, Request, Usage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:
-    """One call of one expert, as it ended. ``error`` is an error code, "cancelled", or None."""
+    """One call of one expert, as it ended. ``error`` is an error code, "cancelled", or None; ``reason`` says it in
+    words, for the log: where another expert answers in its place, nobody else hears them."""
 
     request_id: str
     expert_id: str
@@ -23,6 +24,7 @@ class CallRecord:
     latency_s: float
     started_s: float
     error: str | None = None
+    reason: str | None = None
 
 
 def failure_kind(exc: BaseException) -> str:
@@ -75,10 +77,11 @@ class Timed:
                 call.error = failure_kind(exc)
                 raise
             # Nobody here gave up: the engine did. Passed on, it would end the request without a reply.
-            call.error = ExpertFailed.code
-            raise ExpertFailed(f"Expert '{self.spec.expert_id}': its engine cancelled the call.") from exc
+            failure = ExpertFailed(f"Expert '{self.spec.expert_id}': its engine cancelled the call.")
+            call.failed(failure)
+            raise failure from exc
         except BaseException as exc:
-            call.error = failure_kind(exc)
+            call.failed(exc)
             raise
         finally:
             self._on_call(call.record())
@@ -105,10 +108,11 @@ class Timed:
 class _Call:
     """What Timed learns of one call."""
 
-    __slots__ = ("_finished", "_request", "_spec", "_started_s", "_usage", "error", "first_s")
+    __slots__ = ("_finished", "_request", "_spec", "_started_s", "_usage", "error", "first_s", "reason")
 
     def __init__(self, spec: ExpertSpec, request: Request) -> None:
         self.error: str | None = None
+        self.reason: str | None = None
         self.first_s: float | None = None
         self._finished: set[int] = set()
         self._request = request
@@ -121,6 +125,10 @@ class _Call:
             self._usage = chunk.usage
         if chunk.finish_reason is not None:
             self._finished.add(chunk.index)
+
+    def failed(self, exc: BaseException) -> None:
+        self.error = failure_kind(exc)
+        self.reason = exc.message if isinstance(exc, CollegiumError) else None
 
     def check_end(self) -> None:
         if len(self._finished) < self._request.params.n:
@@ -136,6 +144,7 @@ class _Call:
             latency_s=time.monotonic() - self._started_s,
             started_s=self._started_s,
             error=self.error,
+            reason=self.reason,
         )
 
 

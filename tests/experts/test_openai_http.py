@@ -523,6 +523,11 @@ class TestKey:
         assert KEY not in caplog.text
         assert KEY not in f"{engine!r} {vars(engine)} {engine.spec}"
 
+    async def test_a_key_in_a_header_of_its_own(self, upstream: Upstream, load: Load) -> None:
+        upstream.replies = [[response(f'{{"error": "wrong key {KEY} for blue"}}'.encode(), "400 Bad Request")]]
+        with pytest.raises(BadRequest, match=r"wrong key \(the key\) for blue"):
+            await read(await load(headers={"api-key": KEY, "x-team": "blue"}))
+
 
 class TestOptions:
     async def test_what_the_body_may_be_given(self, upstream: Upstream, load: Load) -> None:
@@ -553,6 +558,7 @@ class TestOptions:
         ("options", "words"),
         [
             ({"read_ms": 5}, "unknown option 'read_ms'; did you mean 'read_s'"),
+            ({"timeout": 5}, "unknown option 'timeout'; known: connect_s, read_s, "),
             ({"connect_s": "soon"}, "connect_s"),
             ({"connect_s": 0}, "connect_s"),
             ({"headers": {"X": 1}}, "headers.X"),

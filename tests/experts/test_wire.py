@@ -42,12 +42,14 @@ class TestBody:
                 logprobs=0,
                 presence_penalty=0.0,
                 frequency_penalty=-1.0,
+                more={"top_k": 5, "seed": "not this one"},
             ),
             tools=({"type": "function"},),
             tool_choice="none",
             response_format={"type": "json_object"},
         )
         body = request_body(request, "m")
+        assert body["top_k"] == 5
         assert body["messages"] == [
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "content": "4", "name": "f", "tool_call_id": "c1"},
@@ -74,9 +76,15 @@ class TestEvents:
             (choice(delta={"content": "hi"}), Chunk(expert_id="tutor", text="hi")),
             (choice(text="hi"), Chunk(expert_id="tutor", text="hi")),
             (choice(delta={"refusal": "no"}), Chunk(expert_id="tutor", text="no")),
-            (choice(delta={"reasoning_content": "hm"}), Chunk(expert_id="tutor")),
+            (choice(delta={"reasoning_content": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
+            (choice(delta={"reasoning": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
+            (choice(delta={"reasoning": [{"no": "text"}]}), Chunk(expert_id="tutor")),
             (choice(delta={}, finish_reason="length"), Chunk(expert_id="tutor", finish_reason="length")),
-            (choice(delta=None, finish_reason="content_filter"), Chunk(expert_id="tutor", finish_reason="stop")),
+            (
+                choice(delta=None, finish_reason="content_filter"),
+                Chunk(expert_id="tutor", finish_reason="content_filter"),
+            ),
+            (choice(delta=None, finish_reason="eos"), Chunk(expert_id="tutor", finish_reason="stop")),
             (
                 choice(delta={"tool_calls": [{"id": "c1"}]}),
                 Chunk(expert_id="tutor", tool_calls=({"id": "c1"},)),

@@ -132,6 +132,11 @@ async def test_silence_is_bounded_by_first_chunk_s() -> None:
     ("policy", "says"),
     [
         ({"router": "alwys"}, "policies.default: no router 'alwys'; did you mean 'always'?"),
+        ({"router": "rules"}, "policies.default: router 'rules' needs the option 'rules': {name: rules, "),
+        (
+            {"aggregator": {"name": "fuse", "options": {"question_chars": 9}}},
+            "policies.default: aggregator 'fuse' needs the option 'expert': {name: fuse, options: {expert: ...}}",
+        ),
         ({"aggregator": "frist"}, "policies.default: no aggregator 'frist'; did you mean 'first'?"),
         ({"aggregator": "zzz"}, "policies.default: no aggregator 'zzz'; known: "),
         (
@@ -142,7 +147,6 @@ async def test_silence_is_bounded_by_first_chunk_s() -> None:
             {"router": {"name": "always", "options": {"expert": "z"}}},
             "policies.default: router 'always': no expert 'z'",
         ),
-        ({"router": "rules"}, "policies.default: router 'rules': "),
         ({"router": {"name": "rules", "options": {"rules": 5, "default": "a"}}}, "policies.default: router 'rules': "),
         (
             {

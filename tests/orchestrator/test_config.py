@@ -113,6 +113,20 @@ policies: {default: {}}
     assert [config.experts[e].tags for e in "abc"] == [("x",), ("y",), ("z",)]
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engines": {"e": {"backend": "openai", "model": "m", "base_url": "http://x", "api_key_env": "sk-a1-b2"}}},
+        {"security": {"api_keys": {"ann": {"env": "sk-a1-b2"}}}},
+        {"security": {"admin_key_env": "sk-a1-b2"}},
+    ],
+)
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(sections: Any) -> None:
+    (mistake,) = [m for m in mistakes(**sections) if not m.startswith("experts.")]
+    assert "takes the name of an environment variable" in mistake
+    assert "sk-a1" not in mistake
+
+
 # Unknown keys, at each level
 
 

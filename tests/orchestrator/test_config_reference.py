@@ -15,3 +15,4 @@ def test_the_page_names_keys_with_their_defaults_and_bounds():
     assert "| `deadline_s` | number > 0 | `120` |" in page
     assert "| `engine` | string | **required** |" in page
     assert "[OpenAI](#openai)" in page
+    assert "| `extra_body` | mapping | `{}` | Put over the body; null takes a key out. |" in page

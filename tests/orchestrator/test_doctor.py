@@ -320,6 +320,19 @@ def test_an_endpoint_without_the_model(endpoint: str, monkeypatch: pytest.Monkey
     assert (finding.status, finding.todo) == ("warn", "take one it has: some-model")
 
 
+def test_an_endpoint_is_asked_as_the_engine_will_ask_it(endpoint: str) -> None:
+    """Some take their key in a header of their own, and a version in the query."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    case = case_of_endpoint(f"{endpoint}/v1?api-version=2024", options={"headers": headers})
+    finding = only(configuration.endpoints(case))
+    assert (finding.status, "has 'some-model'" in finding.message) == ("ok", True)
+
+
+def test_an_endpoint_with_wrong_options(endpoint: str) -> None:
+    finding = only(configuration.endpoints(case_of_endpoint(endpoint, options={"timeout": 5})))
+    assert (finding.status, "unknown option 'timeout'" in finding.message) == ("fail", True)
+
+
 def test_a_base_url_without_v1(endpoint: str) -> None:
     finding = only(configuration.endpoints(case_of_endpoint(endpoint)))
     assert finding.status == "warn"

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from experts.fake import FakeEngine
-from experts.types import ChunkStream, EngineSpec, ExpertSpec, Request
+from experts.types import Chunk, ChunkStream, EngineSpec, ExpertSpec, Request
 from tests.orchestrator.served import Served, fake_config, serving
 
 ASK: list[Any] = [{"role": "user", "content": "Ann"}]
@@ -64,6 +64,15 @@ def test_chat(client: openai.OpenAI) -> None:
 def test_a_reply_can_be_sent_back(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(model="collegium", messages=ASK)
     history: list[Any] = [*ASK, first.choices[0].message, {"role": "user", "content": "Bob"}]
+    again = client.chat.completions.create(model="collegium", messages=history)
+    assert again.choices[0].message.content == "one says hello to Bob"
+
+
+def test_a_reply_can_be_sent_back_as_the_client_dumps_it(client: openai.OpenAI) -> None:
+    """With all the nulls of OpenAI's own format, and what other services put beside them."""
+    message = client.chat.completions.create(model="collegium", messages=ASK).choices[0].message.model_dump()
+    assert message["annotations"] is None
+    history: list[Any] = [*ASK, message | {"reasoning_content": "so"}, {"role": "user", "content": "Bob"}]
     again = client.chat.completions.create(model="collegium", messages=history)
     assert again.choices[0].message.content == "one says hello to Bob"
 
@@ -181,6 +190,44 @@ def test_what_is_asked_reaches_the_engine() -> None:
     params = request.params
     assert (params.stop, params.top_p, params.temperature, params.max_tokens) == (("x", "y"), 0.5, 0.25, 7)
     assert (params.logprobs, params.presence_penalty, params.frequency_penalty, params.seed) == (3, 1, -1, -5)
+
+
+def test_what_only_some_engines_know_is_sent_on() -> None:
+    seen: list[Request] = []
+    more = {"top_k": 5, "min_p": 0.5, "repetition_penalty": 1.5, "chat_template_kwargs": {"enable_thinking": False}}
+    with serving(fake_config(), make=listening(seen)) as served, served.client() as client:
+        client.chat.completions.create(
+            model="one",
+            messages=ASK,
+            reasoning_effort="low",
+            verbosity="high",
+            logit_bias={"50": -100},
+            service_tier="auto",
+            extra_body={**more, "prompt_cache_key": "k", "safety_identifier": "s"},
+        )
+        client.completions.create(model="one", prompt="x", extra_body={"top_k": None})
+    chat, text = (request.params.more for request in seen)
+    assert chat == {**more, "reasoning_effort": "low", "verbosity": "high", "logit_bias": {"50": -100}}
+    assert text == {}
+
+
+class Thinking(FakeEngine):
+    async def generate(self, request: Request, expert: ExpertSpec) -> ChunkStream:
+        for piece in ("so ", "what"):
+            yield Chunk(expert_id=expert.expert_id, reasoning=piece)
+        yield Chunk(expert_id=expert.expert_id, text="42", finish_reason="stop")
+
+
+@pytest.mark.parametrize("model", ["one", "collegium/panel"])
+def test_reasoning_stands_beside_the_answer(model: str) -> None:
+    panel = {"router": "always", "top_k": 2, "aggregator": "vote"}
+    config = fake_config({"policies": {"default": {}, "panel": panel}})
+    with serving(config, make=Thinking) as served, served.client() as client:
+        message = client.chat.completions.create(model=model, messages=ASK).choices[0].message
+        deltas = [c.choices[0].delta for c in client.chat.completions.create(model=model, messages=ASK, stream=True)]
+    assert (message.content, message.model_extra) == ("42", {"reasoning_content": "so what"})
+    assert "".join(d.content or "" for d in deltas) == "42"
+    assert "".join((d.model_extra or {}).get("reasoning_content", "") for d in deltas) == "so what"
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -253,6 +253,21 @@ def test_a_deadline_ends_the_wait_for_a_quorum(virtual: Virtual) -> None:
     virtual(ask)
 
 
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_answers_that_are_there_are_combined_before_the_deadline(virtual: Virtual, one_by_one: bool) -> None:
+    """b hangs for three quarters of the deadline, and its spare c for the rest."""
+
+    async def ask() -> None:
+        panel = table({"ttft_s": 1.0}, HANG, HANG, top_k=2, one_by_one=one_by_one)
+        async with deadline(panel.run.request):
+            assert await panel.ask() == "a"
+        assert time.monotonic() == 1027.0
+        assert panel.run.unanswered == {"b": "late"}
+        assert panel.idle
+
+    virtual(ask)
+
+
 # With a real aggregator
 
 

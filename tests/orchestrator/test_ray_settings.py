@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experts.errors import ConfigError
 from orchestrator import ray_runtime
 from orchestrator.config import parse_config
 from orchestrator.ray_runtime import ENVIRONMENT, PORTS
@@ -25,6 +26,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def packages(monkeypatch: pytest.MonkeyPatch, *, haproxy: bool) -> None:
     monkeypatch.setattr(ray_runtime, "find_spec", lambda name: object() if haproxy else None)
     monkeypatch.setattr(ray_runtime, "which", lambda name: None)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "find_spec", lambda name: None)
+    fake = {"engines": {"e": {"backend": "fake"}}, "experts": {"a": {"engine": "e"}}, "policies": {"default": {}}}
+    with pytest.raises(ConfigError, match=r"pip install 'collegium\[ray\]'"):
+        ray_runtime.run(parse_config(fake), port=0)
 
 
 def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

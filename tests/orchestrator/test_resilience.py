@@ -148,6 +148,14 @@ def test_a_whole_answer_has_three_quarters_of_the_deadline(virtual: Virtual) -> 
     assert [r.error for r in records] == [None, "expert_failed"]
 
 
+def test_the_reason_of_a_failure_is_kept_in_words(virtual: Virtual) -> None:
+    expert, records = timed(Scripted([failed()], [KeyError("a bug")]))
+    for kind in (ExpertFailed, KeyError):
+        with pytest.raises(kind):
+            virtual(lambda: answer(expert))
+    assert [(r.error, r.reason) for r in records] == [("expert_failed", "broke"), ("internal_error", None)]
+
+
 def test_silence_is_not_asked_again(virtual: Virtual) -> None:
     inner = Scripted([HANG])
     with pytest.raises(ExpertFailed, match="within 10 s"):

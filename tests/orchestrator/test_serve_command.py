@@ -224,7 +224,7 @@ def test_ask_and_route_a_running_service(run: CliRunner, start: Callable[..., Se
     by_name = json.loads(run.invoke(app, ["ask", "Why?", "--url", url, "--expert", "two", "--json"]).stdout)
     assert by_name["answer"] == "slowly slowly slowly done"
     assert by_name["decision"]["expert_ids"] == ["two"]
-    routed = json.loads(run.invoke(app, ["route", "Why?", "--url", url, "--router", "random", "--json"]).stdout)
+    routed = json.loads(run.invoke(app, ["route", "Why?", "--url", f"{url}/v1", "--router", "random", "--json"]).stdout)
     assert set(routed) == {"expert_ids", "weights", "scores", "reason", "router", "route_ms"}
     assert routed["router"] == "random"
 
@@ -253,6 +253,8 @@ def test_no_running_service(run: CliRunner) -> None:
     result = run.invoke(app, ["ask", "Why?", "--url", url])
     assert result.exit_code == 1
     assert "Is 'collegium serve' running there?" in result.stderr
+    bare = run.invoke(app, ["ask", "Why?", "--url", url.removeprefix("http://")])
+    assert "takes an address with http://" in bare.stderr
 
 
 def _text(events: str) -> str:
