@@ -17,7 +17,7 @@ from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
 from orchestrator.cli import app
 from routers.base import RouterParts
-from routers.learned import artefact
+from routers.learned import MODELS, artefact
 from routers.learned.router import linear
 from routers.questions import Questions
 from routers.records import read_records
@@ -162,6 +162,13 @@ def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
         (["--experts", "law-expert,nobody"], 1, "no expert 'nobody'"),
         (["--top-k", "many"], 2, "--top-k"),
         (["--stack-calls", "2"], 2, "--stack-calls"),
+        (["--aggregator", "stack", "--stack-calls", "2"], 2, "combines answers"),
+        (["--aggregator", "vote", "--top-k", "3", "--max-calls", "1"], 2, "combines answers"),
+        (["--aggregator", "best_of", "--top-k", "2"], 1, "reads whole texts"),
+        (["--router", ","], 1, "names no router"),
+        (["--experts", ","], 1, "at least one: none given"),
+        (["--train", "test"], 1, "to be learned from and tested on"),
+        (["--seed", "-1"], 2, "--seed"),
     ],
 )
 def test_mistakes_are_named(run, make_pool, tmp_path, words, code, message):
@@ -229,6 +236,40 @@ def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
         == 0
     )
     assert artefact.load(tmp_path / "five").model.predict(about).shape == (1, 5)
+
+
+def test_each_router_once_and_no_more_calls_than_experts(run, make_pool, tmp_path):
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=40), "--router", "task, task", "--encoder", "wordllama",
+        "--top-k", "4,9", "--out", tmp_path,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert (result["router"], result["top_k"]) == ("task", 4)
+
+
+@pytest.mark.parametrize("router", MODELS)
+def test_a_few_questions_are_too_few_or_enough(make_pool, cache, router):
+    """Never a matrix that cannot be solved."""
+
+    async def fit(count):
+        folder = make_pool(questions=40, name=f"pool{count}")
+        head = json.loads((folder / "pool.json").read_text())
+        head["splits"]["train"] = [f"q{i}" for i in range(count)]
+        (folder / "pool.json").write_text(json.dumps(head))
+        await evaluate(await setting_of(folder, cache), [router], top_ks=[1], aggregator="vote")
+
+    with pytest.raises(ConfigError, match="7 questions are too few to learn from"):
+        asyncio.run(fit(7))
+    asyncio.run(fit(8))
+
+
+async def test_the_stack_needs_parsed_answers(make_pool, cache):
+    folder = make_pool(questions=40)
+    setting = await setting_of(folder, cache)
+    setting.records.answers_QE[:] = -1
+    with pytest.raises(ConfigError, match=r"Pool .toy. has scores only"):
+        Stacking.fit(folder, setting)
 
 
 async def test_tasks_can_be_hidden_from_routers_but_not_from_the_baseline(make_pool, cache):
