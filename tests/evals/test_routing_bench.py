@@ -22,6 +22,7 @@ from routers.learned.router import linear
 from routers.questions import Questions
 from routers.records import read_records
 from routers.static import WordLlama
+from tests.orchestrator.served import serving
 
 RESULT_KEYS = {
     "router",
@@ -304,6 +305,30 @@ def test_a_service_with_a_fitted_router(run, run_fit, make_pool, tmp_path):
     found = run("route", "the membrane of a living cell", "-c", config, "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.output)["expert_ids"] == ["cells-expert"]
+
+
+def test_a_service_decides_as_the_benchmark_did(run_fit, make_pool):
+    """The same text and task over HTTP: the same scores, bit for bit up to the wire's digits."""
+    pool = make_pool(questions=120)
+    records, folder = read_records(pool), run_fit("task", pool)
+    asked = Questions(vectors_QW=np.zeros((120, 256), np.float32), tasks=records.tasks).take(records.rows("test")[:8])
+    offline = artefact.load(folder).model.predict(asked)
+    config = {
+        "encoder": {"model": "wordllama"},
+        "engines": {"e": {"backend": "fake"}},
+        "experts": {e: {"engine": "e"} for e in records.expert_ids},
+        "policies": {"default": {"router": {"name": "task", "artefact": str(folder)}}},
+    }
+    with serving(config) as served:
+        for row, question in enumerate(records.rows("test")[:8]):
+            body = {
+                "messages": [{"role": "user", "content": records.texts[question]}],
+                "metadata": {"task": records.tasks[question]},
+            }
+            found = served.http.post("/v1/route", json=body).json()["decision"]
+            scores = found["scores"]
+            assert [scores[e] for e in records.expert_ids] == pytest.approx(offline[row])
+            assert found["expert_ids"] == [records.expert_ids[offline[row].argmax()]]
 
 
 async def stacking_of(folder, cache, **options):
