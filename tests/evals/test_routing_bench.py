@@ -212,6 +212,17 @@ def test_show_prints_what_a_router_is(run, run_fit, make_pool):
     assert "prices-expert" in found.output
 
 
+def test_show_says_whom_a_router_by_task_would_ask(run, run_fit, make_pool):
+    """Not one task's scores in the name of all: a question about nothing would be given some task."""
+    pool = make_pool(questions=120, other=0.1)
+    scores = read_records(pool).scores_QE[:60]
+    found = run("router", "show", run_fit("task", pool))
+    assert found.exit_code == 0, found.output
+    assert f"{scores[:, 0].mean():.3f}  algebra-expert" in found.output
+    assert "law: law-expert " in found.output
+    assert "nothing in particular" not in found.output
+
+
 def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
     pool = make_pool(questions=400, other=0.1)
     others = "law-expert,cells-expert,prices-expert"
