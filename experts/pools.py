@@ -116,6 +116,8 @@ class RecordedPool:
         options: dict[int, list[str]] = {}
         for place, row in read_rows(path):
             question_id, words = _text(row, "id", place), (_text(row, "question", place) or "").split()
+            if not words:
+                raise ConfigError(f"{place}: 'question' is missing or blank.")
             if question_id is None or question_id in self._ids:
                 raise ConfigError(f"{place}: the id {question_id!r} is missing or was given already.")
             number = self._ids[question_id] = len(self._ids)

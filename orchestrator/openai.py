@@ -295,10 +295,11 @@ class RouteBody(Wire):
 
     model: str = Field("collegium", min_length=1, max_length=200)
     messages: Rows[ChatMessage] = Field(min_length=1)
+    metadata: dict[str, str] | None = Field(None, description="As of the question itself; 'task' is read by routers.")
     collegium: Extension | None = None
 
     def request(self, limits: Limits, tenant: str | None) -> Request:
-        body = ChatBody(model=self.model, messages=self.messages, collegium=self.collegium)
+        body = ChatBody(model=self.model, messages=self.messages, metadata=self.metadata, collegium=self.collegium)
         return body.request(limits, tenant)
 
 

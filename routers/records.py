@@ -19,6 +19,8 @@ from experts.pools import RecordedPool, read_rows
 
 Array = NDArray[Any]
 SPLITS = ("train", "val", "test")
+LEAST = 8
+"""Questions below which folds are empty or alike, and nothing can be fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +68,19 @@ class Records:
         return rows
 
     def lessons(self, split: str) -> Array:
-        """As ``rows``, of a split that a router can learn from. Raises ConfigError where all scores are one."""
+        """As ``rows``, of a split that a router can learn from. Raises ConfigError for a few questions, and where all
+        scores are one."""
         rows = self.rows(split)
         low, high = float(self.scores_QE[rows].min()), float(self.scores_QE[rows].max())
         if low == high:
             raise ConfigError(
                 f"Pool '{self.name}', split '{split}': every score in responses/ of {', '.join(self.expert_ids)} is "
                 f"{low:g} ({len(rows)} questions): there is nothing to learn from."
+            )
+        if len(rows) < LEAST:
+            raise ConfigError(
+                f"Pool '{self.name}', split '{split}': {len(rows)} questions are too few to learn from; {LEAST} is the "
+                "least, and hundreds are better."
             )
         return rows
 
@@ -100,7 +108,7 @@ def read_records(
 ) -> Records:
     """The pool in ``folder``; ``on_expert`` hears of each expert as its answers are read. Raises ConfigError."""
     pool = RecordedPool(folder)
-    chosen = tuple(expert_ids or pool.expert_ids)
+    chosen = pool.expert_ids if expert_ids is None else tuple(expert_ids)
     head = orjson.loads((folder / "pool.json").read_bytes())
     questions = list(read_rows(folder / "questions.jsonl.gz"))
     columns = _Columns(len(questions), len(chosen))
@@ -186,8 +194,10 @@ def _splits(head: Mapping[str, Any], numbers: Mapping[str, int], path: Path) -> 
     owner: dict[str, str] = {}
     splits: dict[str, Array] = {}
     for split, question_ids in given.items():
+        if not isinstance(question_ids, list):
+            raise ConfigError(f"{path}: split '{split}' is a list of question ids, got {question_ids!r:.60}.")
         for place, question_id in enumerate(question_ids, 1):
-            if question_id not in numbers:
+            if not isinstance(question_id, str) or question_id not in numbers:
                 raise ConfigError(f"{path}, split '{split}', entry {place}: no question {question_id!r}.")
             if question_id in owner:
                 raise ConfigError(

@@ -20,7 +20,7 @@ def aggregators(
     split: Annotated[str, typer.Option(help="The split they are drawn from.")] = "val",
     max_tokens: Annotated[int, typer.Option(min=1, help="Of each fused answer.")] = 512,
     response_chars: Annotated[int, typer.Option(min=100, help="Of each response in the prompt.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Questions and responses are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Questions and responses are drawn with it.")] = 0,
 ) -> None:
     """Rank experts by how well they fuse one right and two wrong answers.
 

@@ -31,7 +31,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="So many questions, drawn
 ScorerName = Annotated[
     str, typer.Option("--scorer", help="letter, letters, number, boxed, exact, contains, code; auto: by question.")
 ]
-Seed = Annotated[int, typer.Option(help="Draws questions, samples, ties and splits.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws questions, samples, ties and splits.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Calls under way at a time.")]
 Tell = Annotated[bool, typer.Option("--tell-tasks", help="Routers learn each question's task.")]
 Sampled = Annotated[bool, typer.Option(help="Sample the best expert again, as often as the policy calls.")]

@@ -60,7 +60,7 @@ async def table(
     if calls > 1:
         panel = [outcome.experts[e] for e in top[:calls]]
         rows.append(row("majority, same calls", ", ".join(top[:calls]), await voters.vote(_columns(panel))))
-    everyone = await voters.vote(_columns(list(outcome.experts.values())))
+    everyone = await voters.vote(_columns([outcome.experts[e] for e in top]))
     rows.append(row("majority of all", f"{len(top)} experts", everyone))
     rows.append(row("oracle", "knows which answer is right", _oracle(outcome.experts)))
     return rows + [row(e, "expert", outcome.experts[e]) for e in top]
@@ -135,11 +135,8 @@ class _Voters:
 
 
 def _equal(completions: Sequence[Completion]) -> RouteDecision:
+    """One vote each; a tie goes to the side of the best, who come first: by lot a majority would be easier to beat."""
     ids = tuple(dict.fromkeys(c.expert_id for c in completions))
-    return RouteDecision(
-        expert_ids=ids,
-        weights=tuple(1 / len(ids) for _ in ids),
-        scores=dict.fromkeys(ids, 1.0),
-        reason="one expert, one vote",
-        router="none",
-    )
+    scores = {expert_id: 0.5**place for place, expert_id in enumerate(ids)}
+    decision = RouteDecision(expert_ids=(), weights=(), scores=scores, reason="one expert, one vote", router="none")
+    return decision.top(len(ids))

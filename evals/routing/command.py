@@ -24,7 +24,7 @@ AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines
 StackCalls = Annotated[
     float | None, typer.Option(min=1, help="Mean calls that '--aggregator stack' may make; top-k by default.")
 ]
-Seed = Annotated[int, typer.Option(help="Results repeat by seed, bit for bit, but for the times.")]
+Seed = Annotated[int, typer.Option(min=0, help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
 Hide = Annotated[bool, typer.Option("--hide-tasks", help="Routers must guess the tasks of the test questions.")]
 Away = Annotated[bool, typer.Option("--leave-one-out", help="How well each expert joins a router fitted without it.")]
@@ -55,6 +55,12 @@ def routing(
 
     if stack_calls is not None and aggregator != "stack":
         raise typer.BadParameter("only '--aggregator stack' heeds it.", param_hint="--stack-calls")
+    calls = _calls(top_k, max_calls)
+    if max(calls) == 1 and aggregator not in ("first", "weighted_vote"):
+        raise typer.BadParameter(
+            f"'{aggregator}' combines answers, and one call gives one: ask more with --top-k.",
+            param_hint="--aggregator",
+        )
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     asyncio.run(
@@ -64,7 +70,7 @@ def routing(
             chosen,
             router,
             (train, test),
-            _calls(top_k, max_calls),
+            calls,
             aggregator,
             stack_calls,
             seed,
@@ -114,6 +120,7 @@ async def _run(
     names = _names(router)
     encoder = make_encoder(encoder_name, 1)
     setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
+    top_ks = sorted({min(k, len(setting.records.experts)) for k in top_ks})
     stacking = _fit_stack(console, pool, setting, stack_calls) if aggregator == "stack" and max(top_ks) > 1 else None
     with bars(console) as progress:
         progress.start("fitting routers", len(names), "bytes")
@@ -156,11 +163,15 @@ async def _without_each(console: "Console", setting: "Setting", router: str, enc
 
 
 def _names(router: str) -> list[str]:
-    """Raises ConfigError for a router that does not exist."""
+    """Each once. Raises ConfigError for a router that does not exist, and where none is named."""
     from evals.routing.bench import all_routers
+    from experts.errors import ConfigError
     from routers.learned.artefact import model_class
 
-    names = all_routers() if router == "all" else [r.strip() for r in router.split(",") if r.strip()]
+    given = all_routers() if router == "all" else [r.strip() for r in router.split(",") if r.strip()]
+    names = list(dict.fromkeys(given))
+    if not names:
+        raise ConfigError(f"--router names no router; known: {', '.join(all_routers())}, or 'all'.")
     for name in names:
         model_class(name)
     return names

@@ -60,8 +60,10 @@ def pair_curve(predicted_QE: Array, scores_QE: Array, strong: int, weak: int) ->
 
 
 def _sent(margin: Array, gain: Array, base: float) -> Array:
-    order = np.argsort(-margin, kind="stable")
-    grown: Array = base + np.concatenate([[0.0], np.cumsum(gain[order])]) / len(gain)
+    """Among questions of one margin nobody is first, whatever the file's order: each stands for their mean."""
+    _, places, counts = np.unique(-margin, return_inverse=True, return_counts=True)
+    means = np.bincount(places, weights=gain) / counts
+    grown: Array = base + np.concatenate([[0.0], np.cumsum(np.repeat(means, counts))]) / len(gain)
     return grown
 
 

@@ -126,6 +126,9 @@ def as_markdown(report: Mapping[str, Any], extra: str = "") -> str:
             f"single expert on train. {report['unanswered_test']} answers are missing and score 0. "
             f"Cost: {COSTS[report['cost_unit']]}. One answer a question is recorded: no self-consistency.",
             "",
+            "Calls are made one by one until the rest cannot change the result, as by a policy's 'one_by_one: true'. "
+            "Each row is tested alone: of 40 that are no better than the best single expert, one helps by luck.",
+            "",
             "| | score | ci95 | difference to best single | calls | cost | |",
             "|---|---|---|---|---|---|---|",
             *(_baseline_row(name, b) for name, b in report["baselines"].items()),

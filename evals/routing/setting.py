@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experts.errors import ConfigError
 from routers.costs import costs
 from routers.encoders import Encoder
 from routers.learned.base import Training
@@ -72,7 +73,10 @@ async def make_setting(
     hide_tasks: bool = False,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Setting:
-    """Raises ConfigError for a split that is empty or unknown, and a train split with nothing to learn."""
+    """Raises ConfigError for a split that is empty or unknown, a train split with nothing to learn, and one split that
+    is to be both."""
+    if train == test:
+        raise ConfigError(f"Split '{train}' is to be learned from and tested on: name another with --train or --test.")
     rows = records.lessons(train), records.rows(test)
     vectors = await embed(encoder, records.texts, cache, on_batch=on_batch)
     cost, unit = costs(records)

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from evals.routing.setting import Setting
-from evals.routing.votes import Outcome
+from evals.routing.votes import Outcome, check_answered
 from experts.models import cache_dir
 from orchestrator.aggregators.stacking.build import Stack, Wish, decide, fit_stack, stops, threshold_for
 from orchestrator.aggregators.stacking.model import Ballots
@@ -37,6 +37,7 @@ class Stacking:
     @classmethod
     def fit(cls, folder: Path, setting: Setting, calls: float | None = None) -> Self:
         """``folder`` is the pool's, for the options' wording. Raises ConfigError."""
+        check_answered(setting)
         recorded = read_recorded(folder, setting.records.expert_ids, cache=cache_dir() / "stacking")
         stack = fit_stack(recorded, setting.train, Wish(seed=setting.seed))
         ballots = recorded.ballots.take(setting.test)

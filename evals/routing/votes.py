@@ -16,6 +16,7 @@ from routers.records import Array
 from routers.static import WordLlama
 
 VOTES = ("vote", "weighted_vote")
+READERS = ("best_of", "fuse", "general_expert", "pick_aggregator", "debate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +30,25 @@ class Outcome:
 
 def aggregator_for(name: str, setting: Setting) -> Aggregator:
     """Answers are recorded as they were parsed, so votes compare them as they are. Raises ConfigError."""
-    if name in VOTES and (setting.records.answers_QE[setting.test] < 0).all():
+    if name in READERS:
+        raise ConfigError(
+            f"Aggregator '{name}' reads whole texts or asks an expert, and this benchmark has answers as they were "
+            "parsed. Use 'collegium eval run --pool DIR -c FILE' with a policy that has it."
+        )
+    if name in VOTES:
+        check_answered(setting)
+    options = {"extract": "text"} if name in VOTES else {}
+    return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)
+
+
+def check_answered(setting: Setting) -> None:
+    """Raises ConfigError where nobody's answer to the test split can be read."""
+    if (setting.records.answers_QE[setting.test] < 0).all():
         experts = ", ".join(setting.records.expert_ids)
         raise ConfigError(
             f"Pool '{setting.records.name}' has scores only: in responses/ of {experts} no row of the split has an "
-            "'answer', so that nothing can be voted on. Use --top-k 1, or another aggregator."
+            "'answer', so that nothing can be voted on. Use --top-k 1."
         )
-    options = {"extract": "text"} if name in VOTES else {}
-    return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)
 
 
 def take_first(predicted_QE: Array, setting: Setting) -> Outcome:

@@ -21,7 +21,7 @@ def reward(
     kind: Annotated[str, typer.Option(help="armorm, dmoerm, single or uniform.")] = "armorm",
     encoder: Annotated[str, typer.Option(help="wordllama, or the service's encoder.")] = "wordllama",
     train: Annotated[str, typer.Option(help="The split to learn from.")] = "train",
-    seed: Annotated[int, typer.Option(help="Panels, attacks and starting points are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Panels, attacks and starting points are drawn with it.")] = 0,
 ) -> None:
     """Fit a reward on graded answers, preferences, or both. On the CPU, in minutes.
 

@@ -20,7 +20,7 @@ def stack(
     prior: Annotated[
         bool, typer.Option(help="Learn what the options alone give away; holds for questions of the same make.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Folds and panels are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Folds and panels are drawn with it.")] = 0,
 ) -> None:
     """Fit the stack: what each expert's answer is worth, whom to ask first, and when to stop asking.
 

@@ -30,7 +30,7 @@ def prompts(
     ] = None,
     regions: Annotated[int | None, typer.Option(min=1, help="How many prompts; found by itself without.")] = None,
     shown: Annotated[int, typer.Option(min=1, help="Demonstrations in a prompt at most.")] = 8,
-    seed: Annotated[int, typer.Option(help="Regions and proposals are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Regions and proposals are drawn with it.")] = 0,
 ) -> None:
     """Make prompt experts: group demonstrations, and find an instruction for each group (mixture of prompts).
 

@@ -29,7 +29,7 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the fitted router.")],
     experts: Annotated[str | None, typer.Option(help="Experts of the pool, comma-separated; all by default.")] = None,
     train: Annotated[str, typer.Option(help="The split to learn from.")] = "train",
-    seed: Annotated[int, typer.Option(help="Folds and starting points are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Folds and starting points are drawn with it.")] = 0,
     encoder: Annotated[str, typer.Option(help="Encoder: its name or a folder; the service must use the same.")] = (
         "all-minilm-l6-v2"
     ),
@@ -90,7 +90,7 @@ def join(
     card: Annotated[str | None, typer.Option(help="What is known of it, in words.")] = None,
     pool: Annotated[Path | None, typer.Option(help="A recorded pool with its graded answers.")] = None,
     train: Annotated[str, typer.Option(help="The split that graded questions are taken from.")] = "train",
-    seed: Annotated[int, typer.Option(help="At most 50 graded questions are drawn with it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="At most 50 graded questions are drawn with it.")] = 0,
 ) -> None:
     """Let an expert join a fitted router without refitting it, by its card or by at most 50 graded questions.
 

@@ -10,6 +10,7 @@ from routers.encoders import Encoder
 from routers.learned.artefact import Fitted, model_class
 from routers.learned.base import Training
 from routers.learned.skills import Rule, Skills
+from routers.learned.task import Task
 from routers.questions import Questions, embed
 from routers.records import Records
 
@@ -51,15 +52,28 @@ async def fit_router(
 
 
 def describe(fitted: Fitted) -> str:
-    """Where it comes from, and what it expects of each expert for a question about nothing in particular."""
-    nothing = Questions(vectors_QW=np.zeros((1, fitted.width), np.float32), tasks=(None,))
-    row = fitted.model.predict(nothing)[0]
-    order = np.argsort(-row, kind="stable")
+    """Where it comes from, and what it expects of each expert; of a router by task, whom it would ask in each."""
+    model = fitted.model
+    if isinstance(model, Task):
+        what, row, tasks = "mean scores", model.mean_E, _by_task(model, fitted.expert_ids)
+    else:
+        nothing = Questions(vectors_QW=np.zeros((1, fitted.width), np.float32), tasks=(None,))
+        what, row, tasks = "scores of a question about nothing in particular", model.predict(nothing)[0], []
     lines = [
         f"router    {fitted.name}",
         f"learned   {fitted.questions} questions of {fitted.pool} ({fitted.pool_digest[:12]}), seed {fitted.seed}",
         f"encoder   {fitted.encoder}, {fitted.width} wide",
-        f"experts   {len(fitted.expert_ids)}; scores of a question about nothing in particular:",
-        *(f"  {row[e]:7.3f}  {fitted.expert_ids[e]}" for e in order),
+        f"experts   {len(fitted.expert_ids)}; {what}:",
+        *(f"  {row[e]:7.3f}  {fitted.expert_ids[e]}" for e in np.argsort(-row, kind="stable")),
+        *tasks,
     ]
     return "\n".join(lines)
+
+
+def _by_task(model: Task, expert_ids: Sequence[str]) -> list[str]:
+    """The best three of each task."""
+    lines = []
+    for task, row in zip(model.labels.names, model.means_TE, strict=True):
+        best = np.argsort(-row, kind="stable")[:3]
+        lines.append(f"  {task}: " + ", ".join(f"{expert_ids[e]} {row[e]:.3f}" for e in best))
+    return [f"tasks     {len(lines)}; the best of each:", *lines] if lines else []

@@ -345,3 +345,16 @@ async def test_nobody_is_chosen_on_the_questions_he_is_judged_by():
     assert rows["best single"].accuracy.value == 0.0
     assert rows["oracle"].accuracy.value == 1.0
     assert rows["policy"].helps
+
+
+@pytest.mark.parametrize("said", [("3", "4"), ("4", "3")])
+async def test_a_tie_of_the_majority_goes_to_the_best_and_not_by_lot(said):
+    """Two experts that never agree: a majority that threw dice would be easier to beat than one of them alone."""
+    experts = {
+        name: [Given(answer=a, score=score, completion=Completion(request_id="r", expert_id=name, text=a))]
+        for name, a, score in zip(("worse", "better"), said, (0.0, 1.0), strict=True)
+    }
+    outcome = Outcome(experts=experts, policy=experts["worse"], sampled_expert="better", sampled=None)
+    request = lambda q: Request(prompt=q.text, metadata={"route_seed": 0})  # noqa: E731
+    rows = {row.name: row for row in await table(outcome, [question()], 0, Vote(), request)}
+    assert rows["majority of all"].accuracy.value == 1.0

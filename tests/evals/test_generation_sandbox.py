@@ -41,6 +41,12 @@ async def test_memory_and_files_are_limited(tmp_path):
     assert not await passes("open('big', 'wb').write(b'a' * 2**22)")
 
 
+async def test_memory_that_no_limit_counts_is_refused():
+    take = "import ctypes; c = ctypes.CDLL(None); assert c.{} == -1"
+    assert await passes(take.format("shmget(0, 2**29, 0o1600)"))
+    assert await passes(take.format("unshare(0x10000000)"))
+
+
 async def test_no_process_outlives_it():
     assert not await passes("import os\nif os.fork() == 0:\n    import time; time.sleep(60)")
 

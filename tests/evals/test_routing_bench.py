@@ -17,11 +17,12 @@ from experts.errors import ConfigError
 from experts.types import ExpertSpec, Request
 from orchestrator.cli import app
 from routers.base import RouterParts
-from routers.learned import artefact
+from routers.learned import MODELS, artefact
 from routers.learned.router import linear
 from routers.questions import Questions
 from routers.records import read_records
 from routers.static import WordLlama
+from tests.orchestrator.served import serving
 
 RESULT_KEYS = {
     "router",
@@ -162,6 +163,13 @@ def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
         (["--experts", "law-expert,nobody"], 1, "no expert 'nobody'"),
         (["--top-k", "many"], 2, "--top-k"),
         (["--stack-calls", "2"], 2, "--stack-calls"),
+        (["--aggregator", "stack", "--stack-calls", "2"], 2, "combines answers"),
+        (["--aggregator", "vote", "--top-k", "3", "--max-calls", "1"], 2, "combines answers"),
+        (["--aggregator", "best_of", "--top-k", "2"], 1, "reads whole texts"),
+        (["--router", ","], 1, "names no router"),
+        (["--experts", ","], 1, "at least one: none given"),
+        (["--train", "test"], 1, "to be learned from and tested on"),
+        (["--seed", "-1"], 2, "--seed"),
     ],
 )
 def test_mistakes_are_named(run, make_pool, tmp_path, words, code, message):
@@ -204,6 +212,17 @@ def test_show_prints_what_a_router_is(run, run_fit, make_pool):
     assert "prices-expert" in found.output
 
 
+def test_show_says_whom_a_router_by_task_would_ask(run, run_fit, make_pool):
+    """Not one task's scores in the name of all: a question about nothing would be given some task."""
+    pool = make_pool(questions=120, other=0.1)
+    scores = read_records(pool).scores_QE[:60]
+    found = run("router", "show", run_fit("task", pool))
+    assert found.exit_code == 0, found.output
+    assert f"{scores[:, 0].mean():.3f}  algebra-expert" in found.output
+    assert "law: law-expert " in found.output
+    assert "nothing in particular" not in found.output
+
+
 def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
     pool = make_pool(questions=400, other=0.1)
     others = "law-expert,cells-expert,prices-expert"
@@ -229,6 +248,40 @@ def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
         == 0
     )
     assert artefact.load(tmp_path / "five").model.predict(about).shape == (1, 5)
+
+
+def test_each_router_once_and_no_more_calls_than_experts(run, make_pool, tmp_path):
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=40), "--router", "task, task", "--encoder", "wordllama",
+        "--top-k", "4,9", "--out", tmp_path,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert (result["router"], result["top_k"]) == ("task", 4)
+
+
+@pytest.mark.parametrize("router", MODELS)
+def test_a_few_questions_are_too_few_or_enough(make_pool, cache, router):
+    """Never a matrix that cannot be solved."""
+
+    async def fit(count):
+        folder = make_pool(questions=40, name=f"pool{count}")
+        head = json.loads((folder / "pool.json").read_text())
+        head["splits"]["train"] = [f"q{i}" for i in range(count)]
+        (folder / "pool.json").write_text(json.dumps(head))
+        await evaluate(await setting_of(folder, cache), [router], top_ks=[1], aggregator="vote")
+
+    with pytest.raises(ConfigError, match="7 questions are too few to learn from"):
+        asyncio.run(fit(7))
+    asyncio.run(fit(8))
+
+
+async def test_the_stack_needs_parsed_answers(make_pool, cache):
+    folder = make_pool(questions=40)
+    setting = await setting_of(folder, cache)
+    setting.records.answers_QE[:] = -1
+    with pytest.raises(ConfigError, match=r"Pool .toy. has scores only"):
+        Stacking.fit(folder, setting)
 
 
 async def test_tasks_can_be_hidden_from_routers_but_not_from_the_baseline(make_pool, cache):
@@ -263,6 +316,30 @@ def test_a_service_with_a_fitted_router(run, run_fit, make_pool, tmp_path):
     found = run("route", "the membrane of a living cell", "-c", config, "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.output)["expert_ids"] == ["cells-expert"]
+
+
+def test_a_service_decides_as_the_benchmark_did(run_fit, make_pool):
+    """The same text and task over HTTP: the same scores, bit for bit up to the wire's digits."""
+    pool = make_pool(questions=120)
+    records, folder = read_records(pool), run_fit("task", pool)
+    asked = Questions(vectors_QW=np.zeros((120, 256), np.float32), tasks=records.tasks).take(records.rows("test")[:8])
+    offline = artefact.load(folder).model.predict(asked)
+    config = {
+        "encoder": {"model": "wordllama"},
+        "engines": {"e": {"backend": "fake"}},
+        "experts": {e: {"engine": "e"} for e in records.expert_ids},
+        "policies": {"default": {"router": {"name": "task", "artefact": str(folder)}}},
+    }
+    with serving(config) as served:
+        for row, question in enumerate(records.rows("test")[:8]):
+            body = {
+                "messages": [{"role": "user", "content": records.texts[question]}],
+                "metadata": {"task": records.tasks[question]},
+            }
+            found = served.http.post("/v1/route", json=body).json()["decision"]
+            scores = found["scores"]
+            assert [scores[e] for e in records.expert_ids] == pytest.approx(offline[row])
+            assert found["expert_ids"] == [records.expert_ids[offline[row].argmax()]]
 
 
 async def stacking_of(folder, cache, **options):

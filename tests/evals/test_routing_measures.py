@@ -30,6 +30,14 @@ def test_the_worst_order_is_below_the_random_mix():
     assert curve.calls_for(0.8) == 1.0
 
 
+def test_a_router_without_preference_is_the_random_mix_whatever_the_files_order():
+    """One task, one margin: a file that begins with what only the strong expert can would flatter it."""
+    curve = pair_curve(np.tile([0.9, 0.2], (4, 1)), STRONG_WEAK[[1, 2, 0, 3]], strong=0, weak=1)
+    assert curve.scores == pytest.approx([0.5, 0.5625, 0.625, 0.6875, 0.75])
+    assert curve.apgr == pytest.approx(0.5)
+    assert curve.beyond_random == pytest.approx(0)
+
+
 def test_without_a_gap_there_is_nothing_to_recover():
     same = np.ones((4, 2), np.float32)
     curve = pair_curve(np.zeros((4, 2)), same, strong=0, weak=1)

@@ -62,6 +62,8 @@ def test_experts_can_be_chosen_and_the_digest_follows(make_pool):
         read_records(folder, ["nobody"])
     with pytest.raises(ConfigError, match="each expert once"):
         read_records(folder, ["law-expert", "law-expert"])
+    with pytest.raises(ConfigError, match="at least one: none given"):
+        read_records(folder, [])
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,8 @@ def test_experts_can_be_chosen_and_the_digest_follows(make_pool):
     [
         ("questions.jsonl.gz", lambda rows: rows[2].update(id="q0"), "row 3: the id 'q0'"),
         ("questions.jsonl.gz", lambda rows: rows[2].update(task=None), "row 3: 'task' is a text"),
+        ("questions.jsonl.gz", lambda rows: rows[2].pop("question"), "row 3: 'question' is missing or blank"),
+        ("questions.jsonl.gz", lambda rows: rows[2].update(question=" "), "row 3: 'question' is missing or blank"),
         ("responses/law-expert.jsonl.gz", lambda rows: rows[4].update(id="q0"), "row 5: question 'q0'"),
         ("responses/law-expert.jsonl.gz", lambda rows: rows[4].update(score=float("nan")), "row 5 is not JSON"),
         ("responses/law-expert.jsonl.gz", lambda rows: rows[4].update(score=1.5), "row 5: 'score'"),
@@ -77,6 +81,9 @@ def test_experts_can_be_chosen_and_the_digest_follows(make_pool):
         ("pool.json", lambda head: head["splits"]["test"].append("q0"), "entry 5: question 'q0' is in 'train'"),
         ("pool.json", lambda head: head["experts"][1].update(params_b="big"), "'law-expert': 'params_b'"),
         ("pool.json", lambda head: head.pop("splits"), "'splits' names"),
+        ("pool.json", lambda head: head["splits"].update(val=None), "split 'val' is a list of question ids, got None"),
+        ("pool.json", lambda head: head["splits"].update(val="q7"), "split 'val' is a list of question ids, got 'q7'"),
+        ("pool.json", lambda head: head["splits"].update(val=[["q7"]]), r"split 'val', entry 1: no question \['q7'\]"),
     ],
 )
 def test_a_bad_pool_is_an_error_that_names_the_place(make_pool, name, change, message):
@@ -102,6 +109,9 @@ def test_costs_use_the_best_unit_that_all_experts_have(make_pool):
     cost, unit = costs(read_records(folder))
     assert unit == "usd"
     assert (cost == 0.5).all(), "a gap is filled with the expert's mean"
+    for expert in ("algebra", "law", "cells", "prices"):
+        rewrite(folder, f"responses/{expert}-expert.jsonl.gz", lambda rows: [row.update(usd=0.0) for row in rows])
+    assert costs(read_records(folder))[1] == "params_b x chars", "where all is free, prices tell nobody apart"
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0])
