@@ -54,8 +54,8 @@ class CpuBackend:
         if weights.precision == "native":
             return vllm_bf16.prepare(weights)
         bits, (E, _, F) = BITS[weights.precision], weights.shape
-        gate_up = quantise(weights.gate_up_EGD, bits=bits, group=weights.group)
-        down = quantise(weights.down_EDF, bits=bits, group=weights.group)
+        gate_up = quantise(weights.gate_up_EGD.detach(), bits=bits, group=weights.group)
+        down = quantise(weights.down_EDF.detach(), bits=bits, group=weights.group)
         native, reason = self._native()
         if native is None:
             _tell_once(reason)
