@@ -190,6 +190,11 @@ def test_a_trace_is_recorded_from_a_running_model(dense: Any) -> None:
     trace = record(sparse, [torch.tensor([3, 4, 5]), torch.tensor([6, 7])], new_tokens=4)
     assert trace.ids_SLK.shape == (3 + 3 + 2 + 3, 2, 2)
     assert trace.ids_SLK.float().std() > 0
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no mixture"):
+        record(dense, [torch.tensor([3])], new_tokens=1)
+    del sparse.config.num_local_experts
+    sparse.config.num_experts = 4  # as most other families name it
+    assert record(sparse, [torch.tensor([3, 4])], new_tokens=1).num_experts == 4
     again = from_routed_experts([trace.ids_SLK[:4].numpy(), trace.ids_SLK[4:].numpy()], num_experts=4)
     assert torch.equal(again.ids_SLK, trace.ids_SLK)
 
