@@ -169,14 +169,20 @@ def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -
 
 def run_vllm(work: Path, tokens: int, names: Collection[str]) -> str:
     results: dict[str, dict[str, Any]] = {}
-    for engine in (e for e in ENGINES if e.name == "dense" or not names or e.name in names):
+    for engine in (e for e in ENGINES if e.name in _with_twins(names)):
         wanted = results["dense"]["rows"] if results else None
         results[engine.name] = _child(engine, work, tokens, wanted) | {"twin": engine.twin}
         LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
     return table(results, tokens)
 
 
-def run_transformers(work: Path, tokens: int) -> str:
+def _with_twins(names: Collection[str]) -> set[str]:
+    """All engines where none is named; else those, the dense model, and the twins that they are compared with."""
+    chosen = {e.name for e in ENGINES if not names or e.name in names}
+    return {"dense", *chosen, *(e.twin for e in ENGINES if e.name in chosen and e.twin)}
+
+
+def run_transformers(work: Path, tokens: int, names: Collection[str]) -> str:
     """Greedy tokens of the dense model and of its upcycled twin with each implementation of the experts."""
     import torch
     from collegium_kernels.transformers_experts import register
@@ -190,6 +196,8 @@ def run_transformers(work: Path, tokens: int) -> str:
     prompts = tokenizer(texts, return_tensors="pt", padding=True)
     results: dict[str, dict[str, Any]] = {}
     for name, (folder, dtype, experts) in IMPLEMENTATIONS.items():
+        if names and name not in ("dense", *names):
+            continue
         options = {"experts_implementation": experts} if experts else {}
         model = AutoModelForCausalLM.from_pretrained(work / folder, dtype=getattr(torch, dtype), **options)
         started = time.perf_counter()
@@ -255,7 +263,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path, help="a folder with a dense Llama checkpoint")
     parser.add_argument("--work", type=Path, help="where the checkpoints are kept")
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each text")
-    parser.add_argument("--engines", nargs="+", default=[], choices=[e.name for e in ENGINES], help="all by default")
+    parser.add_argument("--engines", nargs="+", default=[], metavar="NAME", help="rows of the table; all by default")
     parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -264,10 +272,15 @@ def main(arguments: list[str]) -> None:
         result = run_engine(Engine(**asked["engine"]), Path(asked["work"]), asked["tokens"], asked["wanted"])
         sys.stdout.write("\n" + json.dumps(result) + "\n")
         return
+    known = [*IMPLEMENTATIONS] if chosen.transformers else [e.name for e in ENGINES]
+    if unknown := [name for name in chosen.engines if name not in known]:
+        parser.error(f"--engines: there is no {', '.join(map(repr, unknown))} here; there are {', '.join(known)}")
+    if chosen.model is None or chosen.work is None:
+        parser.error("--model and --work are needed")
     logging.basicConfig(level=logging.INFO)
     prepare(chosen.model, chosen.work)
     made = (
-        run_transformers(chosen.work, chosen.tokens)
+        run_transformers(chosen.work, chosen.tokens, chosen.engines)
         if chosen.transformers
         else run_vllm(chosen.work, chosen.tokens, chosen.engines)
     )

@@ -20,7 +20,11 @@ PROMPTS = (
 
 
 def record(model: Any, prompts: list[Tensor], *, new_tokens: int) -> Trace:
-    """Generate greedily from each prompt of token ids and keep the router's choice in every layer."""
+    """Generate greedily from each prompt of token ids and keep the router's choice in every layer. Raises ValueError
+    for a model that has no experts in some layer, or does not say how many."""
+    num_experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
+    if num_experts is None or not all(hasattr(layer.mlp, "gate") for layer in model.model.layers):
+        raise ValueError(f"{type(model).__name__} is no mixture of experts with a router in every layer.")
     chosen: list[list[Tensor]] = []
     hooks = []
     for layer in model.model.layers:
@@ -37,7 +41,7 @@ def record(model: Any, prompts: list[Tensor], *, new_tokens: int) -> Trace:
         for hook in hooks:
             hook.remove()
     ids_SLK = torch.stack([torch.cat(seen) for seen in chosen], dim=1)
-    return Trace(ids_SLK=ids_SLK, num_experts=model.config.num_local_experts)
+    return Trace(ids_SLK=ids_SLK, num_experts=num_experts)
 
 
 def _keep(seen: list[Tensor]) -> Any:

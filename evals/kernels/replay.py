@@ -58,6 +58,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--expert-bytes", type=int, default=2 * 3 * 2048 * 1024, help="one expert; OLMoE's in bf16")
     parser.add_argument("--plot", type=Path, help="write the hit rates here, as SVG")
     chosen = parser.parse_args(arguments)
+    if not chosen.trace.is_file():
+        parser.error(f"there is no trace {chosen.trace}; python -m evals.kernels.record makes one")
+    if chosen.plot and chosen.plot.suffix != ".svg":
+        parser.error(f"--plot writes SVG: name it {chosen.plot.with_suffix('.svg')}")
     trace = Trace.load(chosen.trace)
     text, curves = table(trace, chosen.expert_bytes)
     sys.stdout.write(text)

@@ -13,8 +13,13 @@ def upcycle(dense: Any, *, num_experts: int = 4, k: int = 2, seed: int = 0, pair
     """A MixtralForCausalLM from a LlamaForCausalLM, in the same dtype.
 
     ``paired`` gives experts 0 and 1, 2 and 3, ... the same score: a token's top-2 is one of the pairs, and its weights
-    are exactly a half each, so that the layer's output has the very bits of one expert's.
+    are exactly a half each, so that the layer's output has the very bits of one expert's. Raises ValueError for a
+    number of experts that has no such pairs, or fewer than ``k``.
     """
+    if not 0 < k <= num_experts:
+        raise ValueError(f"k is {k}: it must lie between 1 and num_experts, which is {num_experts}.")
+    if paired and num_experts % 2:
+        raise ValueError(f"num_experts is {num_experts}: experts come in pairs with paired=True, so it must be even.")
     from transformers import MixtralConfig, MixtralForCausalLM
 
     c = dense.config

@@ -47,6 +47,8 @@ class ExpertWeights:
         require(down.device == gate_up.device, "w_down_EDF", down, f"the device of w_gate_up_EGD, {gate_up.device}")
         if self.precision not in ("native", "int8", "int4"):
             raise KernelInputError(f"precision '{self.precision}' is not one of native, int8, int4.")
+        empty = self.precision != "native" and 0 in gate_up.shape
+        require(not empty, "w_gate_up_EGD", gate_up, f"at least one of everything, to be stored as {self.precision}")
         if self.precision != "native" and self.group not in (0, 32, 64, 128):
             raise KernelInputError(f"group {self.group} is not one of 0 (the whole row), 32, 64, 128.")
 

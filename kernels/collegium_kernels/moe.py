@@ -70,7 +70,10 @@ class FusedMoE:
         )
         require(x_TD.dtype == self.dtype, "x_TD", x_TD, f"the dtype of the weights, {self.dtype}")
         require(x_TD.device == self.device, "x_TD", x_TD, f"the device of the weights, {self.device}")
-        check_routing(routing, num_tokens=x_TD.shape[0], num_experts=self.num_experts)
+        check_routing(routing, num_tokens=x_TD.shape[0], num_experts=self.num_experts, device=self.device)
+        if routing.add_TD is not None:
+            wanted = f"the shape of x_TD, {tuple(x_TD.shape)}"
+            require(routing.add_TD.shape == x_TD.shape, "routing.add_TD", routing.add_TD, wanted)
         self._refuse_gradients(x_TD, routing)
         return self._run(x_TD, routing)
 

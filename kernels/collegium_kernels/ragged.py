@@ -80,14 +80,15 @@ def from_topk(
 ) -> Routing:
     """A routing from a rectangular top-k. Ids outside [0, E) are dropped, or refused with ``bad_ids="raise"``."""
     _check_topk(ids_TK, weights_TK)
-    copy_T = _copy_weights(ids_TK, weights_TK, identity_ids)
+    ids_TK = ids_TK.long()  # E may be more than a narrow dtype holds, and torch would wrap it around
+    copy_T = _copy_weights(ids_TK, weights_TK, identity_ids, num_experts)
     keep_TK = (ids_TK >= 0) & (ids_TK < num_experts)
     if bad_ids == "raise":
         _refuse(ids_TK, keep_TK, identity_ids, num_experts)
     counts_T = keep_TK.sum(dim=1)
     return Routing(
         indptr_T1=_indptr(counts_T),
-        expert_ids_P=ids_TK[keep_TK].long(),
+        expert_ids_P=ids_TK[keep_TK],
         weights_P=weights_TK[keep_TK],
         num_experts=num_experts,
         copy_T=copy_T,
@@ -112,14 +113,15 @@ def static_from_topk(
 ) -> Routing:
     """The same without reading a size back from the device: always T x K pairs, as CUDA graphs need."""
     _check_topk(ids_TK, weights_TK)
+    ids_TK = ids_TK.long()
     T, K = ids_TK.shape
     keep_TK = (ids_TK >= 0) & (ids_TK < num_experts)
     return Routing(
         indptr_T1=torch.arange(T + 1, device=ids_TK.device) * K,
-        expert_ids_P=torch.where(keep_TK, ids_TK, num_experts).long().reshape(-1),
+        expert_ids_P=torch.where(keep_TK, ids_TK, num_experts).reshape(-1),
         weights_P=weights_TK.masked_fill(~keep_TK, 0).reshape(-1),
         num_experts=num_experts,
-        copy_T=_copy_weights(ids_TK, weights_TK, identity_ids),
+        copy_T=_copy_weights(ids_TK, weights_TK, identity_ids, num_experts),
         static=True,
     )
 
@@ -182,20 +184,34 @@ def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = N
     )
 
 
-def check_routing(routing: Routing, *, num_tokens: int, num_experts: int) -> None:
-    """Raise KernelInputError for what would read outside a buffer. Values are read on the host only for CPU tensors."""
+def check_routing(routing: Routing, *, num_tokens: int, num_experts: int, device: torch.device | None = None) -> None:
+    """Raise KernelInputError for what would read outside a buffer, or is not on ``device`` (None: where the ids are).
+    Values are read on the host only for CPU tensors."""
     indptr, ids, weights = routing.indptr_T1, routing.expert_ids_P, routing.weights_P
+    _check_device(routing, device or ids.device)
     require(routing.num_experts == num_experts, "routing.expert_ids_P", ids, f"made for {num_experts} experts")
     require(indptr.shape == (num_tokens + 1,), "routing.indptr_T1", indptr, f"one entry more than {num_tokens} tokens")
     require(ids.dtype == torch.int64, "routing.expert_ids_P", ids, "int64")
     require(indptr.dtype == torch.int64, "routing.indptr_T1", indptr, "int64")
     require(weights.shape == ids.shape, "routing.weights_P", weights, f"the shape of expert_ids_P, {tuple(ids.shape)}")
     require(weights.is_floating_point(), "routing.weights_P", weights, "a floating-point dtype")
+    if routing.copy_T is not None:
+        require(
+            routing.copy_T.shape == (num_tokens,), "routing.copy_T", routing.copy_T, f"one weight a token, {num_tokens}"
+        )
     if ids.device.type == "cpu":
         _check_values(routing)
     if routing.fixed_k is not None:
         whole = ids.shape[0] == num_tokens * routing.fixed_k
         require(whole, "routing.expert_ids_P", ids, f"{routing.fixed_k} pairs for each of {num_tokens} tokens")
+
+
+def _check_device(routing: Routing, device: torch.device) -> None:
+    """A kernel is given addresses, and would read another device's as its own."""
+    for name in ("indptr_T1", "expert_ids_P", "weights_P", "copy_T", "add_TD"):
+        tensor: Tensor | None = getattr(routing, name)
+        if tensor is not None:
+            require(tensor.device == device, f"routing.{name}", tensor, f"on {device}, as the rest")
 
 
 def _check_values(routing: Routing) -> None:
@@ -215,9 +231,11 @@ def _check_topk(ids_TK: Tensor, weights_TK: Tensor) -> None:
     require(weights_TK.is_floating_point(), "weights_TK", weights_TK, "a floating-point dtype")
 
 
-def _copy_weights(ids_TK: Tensor, weights_TK: Tensor, identity_ids: Collection[int]) -> Tensor | None:
+def _copy_weights(ids_TK: Tensor, weights_TK: Tensor, identity_ids: Collection[int], num_experts: int) -> Tensor | None:
     if not identity_ids:
         return None
+    if any(0 <= each < num_experts for each in identity_ids):
+        raise KernelInputError(f"identity_ids {sorted(identity_ids)} must lie outside the experts' [0, {num_experts}).")
     identity = torch.tensor(sorted(identity_ids), device=ids_TK.device)
     return weights_TK.masked_fill(~torch.isin(ids_TK, identity), 0).sum(dim=1)
 

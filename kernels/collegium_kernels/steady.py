@@ -37,15 +37,17 @@ def _laid_out(matrix: Tensor, more_rows: int, more_columns: int) -> Tensor:
 
 
 def segment_sum(y_PD: Tensor, weights_P: Tensor, indptr_T1: Tensor, rows_P: Tensor) -> Tensor:
-    """``out[t] = sum of weights_P[p] * y_PD[rows_P[p]]`` over the pairs of t, in their order, without atomics."""
+    """``out[t] = sum of weights_P[p] * y_PD[rows_P[p]]`` over the pairs of t, in their order, without atomics; in fp32,
+    or in fp64 where ``y_PD`` is."""
+    wide = torch.float64 if y_PD.dtype == torch.float64 else torch.float32
     if rows_P.shape[0] == 0:
-        return y_PD.new_zeros(indptr_T1.shape[0] - 1, y_PD.shape[1], dtype=torch.float32)
+        return y_PD.new_zeros(indptr_T1.shape[0] - 1, y_PD.shape[1], dtype=wide)
     return functional.embedding_bag(
         rows_P,
-        y_PD.float(),
+        y_PD.to(wide),
         indptr_T1,
         mode="sum",
-        per_sample_weights=weights_P.float(),
+        per_sample_weights=weights_P.to(wide),
         include_last_offset=True,
     )
 

@@ -24,15 +24,23 @@ def register() -> None:
 
 
 def forward_for(precision: Precision) -> Any:
-    """What transformers calls with a module of experts; it packs their weights at the first call."""
+    """What transformers calls with a module of experts; it packs their weights at the first call, and again when they
+    have changed or another precision is asked for."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if PACKED not in self.__dict__:
-            self.__dict__[PACKED] = _pack(self, precision)
-        moe: FusedMoE = self.__dict__[PACKED]
+        state = (precision, *_state(self.gate_up_proj), *_state(self.down_proj))
+        if self.__dict__.get(PACKED, (None,))[0] != state:
+            self.__dict__[PACKED] = state, _pack(self, precision)
+        moe: FusedMoE = self.__dict__[PACKED][1]
         return moe(hidden_states, rectangular(top_k_index, top_k_weights, num_experts=moe.num_experts))
 
     return forward
+
+
+def _state(weights: Tensor) -> tuple[Any, ...]:
+    """Changes with the numbers: by an optimiser's step, load_state_dict(), to()."""
+    version = 0 if weights.is_inference() else weights._version
+    return weights.data_ptr(), version, weights.dtype, weights.device
 
 
 def _pack(module: Any, precision: Precision) -> FusedMoE:
@@ -41,4 +49,4 @@ def _pack(module: Any, precision: Precision) -> FusedMoE:
         raise ValueError(
             f"{type(module).__name__} are not plain SwiGLU experts with weights (E, 2 F, D) and (E, D, F)."
         )
-    return FusedMoE(module.gate_up_proj.data, module.down_proj.data, precision=precision)
+    return FusedMoE(module.gate_up_proj, module.down_proj, precision=precision)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CANCELLED = "batch_cancelled", "The batch was cancelled before this line was answered."
 EXPIRED = "batch_expired", "The batch's completion window closed before this line was answered."
+BROKEN = "internal_error", "A bug in the service ended this batch; the service's log has it. Answers so far are kept."
 
 
 class Manager:
@@ -104,6 +105,12 @@ class Manager:
                 if is_cancelled():
                     raise
                 code = CANCELLED
+            except Exception:
+                log.exception("batch %s stopped by a bug", batch.batch_id)
+                if code is BROKEN:  # it cannot even be ended; its folder stays for whoever looks into it
+                    await asyncio.to_thread(self._give_up, batch, CollegiumError(BROKEN[1]))
+                    return
+                code = BROKEN
 
     async def _settle(self, batch: StoredBatch, code: tuple[str, str] | None) -> None:
         """To its end, unless it waits for the disk, is cancelled or expires."""
@@ -168,10 +175,11 @@ class Manager:
         job = self._job(batch)
         made = {"output_file_id": ("output", job.output), "error_file_id": ("error", job.errors)}
         files = {key: self._file(batch, *what) for key, what in made.items() if what[1].exists()}
-        status: Status = "completed" if code is None else ("cancelled" if code is CANCELLED else "expired")
+        status = _ENDS[code]
         failed = report["errors"]
         changes = {
             **self._since.get(batch.batch_id, {}),
+            "errors": None if code is not BROKEN else _errors(CollegiumError(BROKEN[1])),
             **{key: file.file_id for key, file in files.items()},
             f"{status}_at": now(),
             "request_counts": {"total": report["requests"], "completed": report["requests"] - failed, "failed": failed},
@@ -190,11 +198,12 @@ class Manager:
             path=path,
         )
 
-    def _fail(self, batch: StoredBatch, exc: CollegiumError) -> None:
+    def _give_up(self, batch: StoredBatch, exc: CollegiumError) -> None:
         log.warning("batch %s failed: %s", batch.batch_id, exc.message)
-        error = {"code": exc.code, "message": exc.message, "param": exc.param, "line": None}
-        changes = {"failed_at": now(), "errors": {"object": "list", "data": [error]}}
-        self._register.change(batch.batch_id, "failed", changes)
+        self._register.change(batch.batch_id, "failed", {"failed_at": now(), "errors": _errors(exc)})
+
+    def _fail(self, batch: StoredBatch, exc: CollegiumError) -> None:
+        self._give_up(batch, exc)
         shutil.rmtree(self._register.folder / "batches" / batch.batch_id, ignore_errors=True)
 
 
@@ -204,6 +213,19 @@ _STATUS: Mapping[str, Status] = {
     "combining": "in_progress",
     "writing": "finalizing",
 }
+
+_ENDS: Mapping[tuple[str, str] | None, Status] = {
+    None: "completed",
+    CANCELLED: "cancelled",
+    EXPIRED: "expired",
+    BROKEN: "failed",
+}
+
+
+def _errors(exc: CollegiumError) -> dict[str, Any]:
+    """OpenAI's list of what a batch failed for."""
+    error = {"code": exc.code, "message": exc.message, "param": exc.param, "line": None}
+    return {"object": "list", "data": [error]}
 
 
 def _report(job: Job) -> Mapping[str, Any] | None:

@@ -11,6 +11,8 @@ from experts.errors import CollegiumError
 from orchestrator.batches.store import Result
 from orchestrator.replies import error_body, to_json
 
+BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
+
 
 class Rows:
     """Rows of one batch. Ids come from the batch's ``key`` and the line: asked again, a line keeps them."""
@@ -32,7 +34,7 @@ class Rows:
         """For a line that nobody was asked: the batch ended first."""
         error = {"code": code, "message": message, "param": None, "line": n}
         row = {"id": f"batch_req_{self._hash(n)}", "custom_id": custom_id, "response": None, "error": error}
-        return Result(n=n, ok=False, row=to_json(row))
+        return Result(n=n, ok=False, row=_one_line(row))
 
     def _row(self, n: int, custom_id: str | None, *, status: int, body: Any, error: Any) -> Result:
         row = {
@@ -41,7 +43,16 @@ class Rows:
             "response": {"status_code": status, "request_id": self.request_id(n), "body": body},
             "error": error,
         }
-        return Result(n=n, ok=error is None, row=to_json(row))
+        return Result(n=n, ok=error is None, row=_one_line(row))
 
     def _hash(self, n: int) -> str:
         return blake2b(f"{self._key}/{n}".encode(), digest_size=12).hexdigest()
+
+
+def _one_line(row: Any) -> bytes:
+    """JSON without the characters at which Python's ``splitlines`` and httpx's ``iter_lines`` break lines beside the
+    newline. They are legal in JSON, and models write them."""
+    raw = to_json(row)
+    for character, escaped in BREAKS:
+        raw = raw.replace(character, escaped)
+    return raw

@@ -9,6 +9,9 @@ from pathlib import Path
 from experts.errors import ConfigError
 
 PIECE = 2**20
+MARK = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark, which some editors and spreadsheets put before the first line: no part of it."""
+FOREIGN = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "compressed by gzip"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +25,7 @@ class Place:
 
 
 class Source:
-    """Raises ConfigError when the file cannot be read."""
+    """Raises ConfigError when the file cannot be read, or is none of lines in UTF-8 from its first bytes on."""
 
     def __init__(self, path: Path, *, max_line_bytes: int) -> None:
         self.path = path
@@ -32,6 +35,9 @@ class Source:
         except OSError as exc:
             raise ConfigError(f"Cannot read {path}: {exc.strerror}.") from exc
         self.size_bytes = os.fstat(self._file.fileno()).st_size
+        if (what := FOREIGN.get(self.read(0, 2))) is not None:
+            self.close()
+            raise ConfigError(f"The input is {what}; a batch reads JSON lines in UTF-8. Convert it first.")
 
     def digest(self) -> str:
         """SHA-256 of the whole file."""
@@ -44,6 +50,8 @@ class Source:
 
     def lines(self, *, n: int = 0, offset: int = 0) -> Iterator[tuple[Place, bytes]]:
         """The lines after line ``n``, which ends at ``offset``; blank ones are left out."""
+        if offset == 0 and self.read(0, len(MARK)) == MARK:
+            offset = len(MARK)
         self._file.seek(offset)
         while raw := self._file.readline(self._max_line_bytes + 1):
             n += 1

@@ -10,6 +10,7 @@ from experts.errors import CollegiumError, ConfigError
 from experts.types import EngineSpec
 from orchestrator.batches.lines import Reader
 from orchestrator.batches.output import check_room
+from orchestrator.batches.runner import report_path
 from orchestrator.batches.session import Job, Order
 from orchestrator.batches.work import Bench
 from orchestrator.build import build_service, make_engine
@@ -35,10 +36,15 @@ def job_for(source: Path, output: Path, *, order: Order, window: int) -> Job:
 
 def check_start(job: Job, *, resume: bool) -> None:
     """Raises ConfigError for what would only come up after hours of work."""
-    if not job.source.is_file():
+    if not job.source.exists():
         raise ConfigError(f"There is no file {job.source}.")
-    if job.output.resolve() == job.source.resolve():
-        raise ConfigError(f"{job.output} is the input itself; name another file with --out.")
+    if not job.source.is_file():
+        raise ConfigError(
+            f"{job.source} is no regular file, and a batch reads its input more than once: write it to one."
+        )
+    for own in (job.output, job.errors, report_path(job.output), job.state):
+        if own.resolve() == job.source.resolve():
+            raise ConfigError(f"{own} is the input itself, and would be written over; name another file with --out.")
     if job.output.is_dir():
         raise ConfigError(f"{job.output} is a folder; name a file with --out.")
     begun = job.state.exists()

@@ -123,21 +123,22 @@ class Store:
     def plan(
         self,
         plans: Sequence[Plan],
-        refused: Sequence[Result],
+        settled: Sequence[Result],
         claims: Sequence[tuple[bytes, int]],
         twice: Callable[[int], Result],
         facts: Mapping[str, str],
     ) -> tuple[int, int]:
         """Files what was planned of a stretch of lines. How many of them got their row by it, and how many of those go
-        to the error file.
+        to the error file. ``settled`` are the rows of lines that need no call.
 
         ``claims`` are the (digest of custom_id, n) of all of them; a line whose id an earlier one has gets the row that
         ``twice`` makes.
         """
         with self._transaction() as db:
             again = {n for digest, n in claims if not _claim(db, digest, n)}
+            again &= {p.place.n for p in plans} | {r.n for r in settled if r.ok}  # a bad line keeps its own mistake
             fresh = [p for p in plans if p.place.n not in again]
-            settled = [*refused, *(twice(p.place.n) for p in plans if p.place.n in again)]
+            settled = [*(r for r in settled if r.n not in again), *map(twice, sorted(again))]
             db.executemany("INSERT INTO lines VALUES (?, ?, ?, ?, ?, ?)", map(_line, fresh))
             db.executemany("INSERT INTO calls VALUES (?, ?, ?, ?, 0, NULL)", _calls(fresh))
             _settle(db, settled)

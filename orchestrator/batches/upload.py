@@ -11,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request as HttpRequest
 
-from experts.errors import BadRequest, Unavailable
+from experts.errors import BadRequest, TooLarge, Unavailable
 from orchestrator.batches.output import whole
 from orchestrator.client import stream_body
 
@@ -42,6 +42,8 @@ async def take_upload(http: HttpRequest, path: Path, *, max_bytes: int, stall_s:
             form = Form(_boundary(http), file)
             await _feed(form, body)
             return form.close()
+    except TooLarge as exc:
+        raise TooLarge(f"A file may have at most {max_bytes} bytes here (batches.max_file_bytes); split it.") from exc
     except Unavailable as exc:
         log.error("an upload failed: %s", exc.message)
         raise Unavailable("The service cannot store the file now; its disk is full or fails.") from exc

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from orchestrator.config import Config
     from orchestrator.policies import Overrides
 
+READ_LINES = 100_000
+"""How often the reading of a long file is told without a terminal."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
@@ -68,6 +71,8 @@ def run(
         console.print("Stopped. What was answered is kept: the same command with --resume goes on.")
         raise typer.Exit(1) from None
     _say(console, report, job)
+    if report["errors"] == report["requests"] > 0:
+        raise typer.Exit(1)  # what comes after this command would find no answer
 
 
 async def _run(
@@ -102,30 +107,30 @@ class _Bar:
         self._task = bars.add_task("reading", total=None, numbers="")
 
     def __call__(self, progress: "Progress") -> None:
-        done = None if progress.stage == "reading" else progress.tally.settled
+        tally, reading = progress.tally, progress.stage == "reading"
         self._bars.update(
             self._task,
             description=progress.stage,
-            completed=done or 0,
-            total=progress.tally.requests if done is not None else None,
+            completed=tally.requests if reading else tally.settled,
+            total=None if reading else tally.requests,
             numbers=_numbers(progress),
         )
 
 
 class _Log:
-    """Says something every tenth of the way, and when the stage changes."""
+    """Says something every tenth of the way, when the stage changes, and while a long file is read."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
         self._said: tuple[str, int] = ("", 0)
 
     def __call__(self, progress: "Progress") -> None:
-        tenth = 0 if progress.stage == "reading" else 10 * progress.tally.settled // max(1, progress.tally.requests)
-        if (progress.stage, tenth) != self._said:
-            self._said = progress.stage, tenth
-            self._console.print(
-                f"{progress.stage}: {progress.tally.settled}/{progress.tally.requests} {_numbers(progress)}"
-            )
+        tally, stage = progress.tally, progress.stage
+        step = tally.requests // READ_LINES if stage == "reading" else 10 * tally.settled // max(1, tally.requests)
+        if (stage, step) != self._said:
+            self._said = stage, step
+            done = f"{tally.requests} lines" if stage == "reading" else f"{tally.settled}/{tally.requests}"
+            self._console.print(f"{stage}: {done}, {_numbers(progress)}")
 
 
 def _numbers(progress: "Progress") -> str:

@@ -107,6 +107,19 @@ def test_gradient_reaches_the_router(name: str) -> None:
     assert any(g.abs().sum() > 0 for g in grads)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("narrow_gate", [True, False])
+def test_a_layer_in_bf16_routes_in_fp32(name: str, narrow_gate: bool) -> None:
+    layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F).bfloat16()), torch.randn(9, D), torch.arange(9)
+    if narrow_gate:
+        layer.bfloat16()
+    y, routed = layer(x.bfloat16(), context(name, ids))
+    assert y.dtype == torch.bfloat16
+    assert y.isfinite().all()
+    if name not in WITHOUT_GRADIENT | {"read_me", "stable_moe"}:  # whose weights are 1, and modules of torch
+        assert routed.scores_TE.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))
 def test_a_missing_token_id_is_named(name: str) -> None:
     with pytest.raises(ValueError, match="token_ids_T"):

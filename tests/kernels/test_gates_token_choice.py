@@ -15,6 +15,7 @@ from collegium_kernels.gates.mask_moe import MaskMoEGate
 from collegium_kernels.gates.mixtral import MixtralGate
 from collegium_kernels.gates.mowe import WordGate
 from collegium_kernels.gates.remoe import ReMoEGate
+from collegium_kernels.gates.sparse_mixer import SparseMixerGate
 from collegium_kernels.gates.stable_moe import StableMoEGate
 from collegium_kernels.gates.switch import SwitchGate
 from collegium_kernels.gates.thor import RandomGate, consistency_loss
@@ -307,3 +308,24 @@ def test_dynmoe_averages_and_never_leaves_a_token_alone() -> None:
     with torch.no_grad():
         gate.threshold_E.fill_(-5.0)
     torch.testing.assert_close(gate(torch.randn(6, 4), NOTHING).routing.weights_P, torch.full((18,), 1 / 3))
+
+
+def test_gshards_loss_counts_first_choices() -> None:
+    """Everybody's second choice is expert 1: no business of the loss."""
+    gate = GShardGate(2, 4).eval()
+    with torch.no_grad():
+        gate.weight_ED.copy_(torch.tensor([[3.0, 0.0], [2.0, 2.0], [0.0, 3.0], [0.0, 0.0]]))
+    x = torch.eye(2)
+    probs = (x @ gate.weight_ED.T).softmax(dim=1)
+    routed = gate(x, Context())
+    assert routed.routing.expert_ids_P.tolist() == [0, 1, 2, 1]
+    wanted = 0.01 * 4 * (probs.mean(dim=0) * torch.tensor([0.5, 0, 0.5, 0])).sum()
+    torch.testing.assert_close(routed.loss, wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sparse_mixer_chooses_no_expert_twice(training: bool) -> None:
+    gate = SparseMixerGate(4, 2, k=5).train(training)
+    routed = gate(torch.randn(7, 4), Context())
+    assert routed.routing.expert_ids_P.view(7, -1).sort(dim=1).values.tolist() == [[0, 1]] * 7
+    assert routed.routing.weights_P.isfinite().all()

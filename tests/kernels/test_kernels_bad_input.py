@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from collegium_kernels.cpu.build import FOLDER, find_compiler
 from collegium_kernels.errors import KernelInputError
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.moe import FusedMoE
+from collegium_kernels.ragged import from_topk, static_from_topk
 
 SCRIPT = """
 import torch
@@ -52,6 +55,40 @@ def test_every_integer_dtype_is_an_id(dtype: torch.dtype) -> None:
     routing = from_topk(torch.tensor([[1, -1], [7, 0]], dtype=dtype), torch.ones(2, 2), num_experts=4)
     assert routing.expert_ids_P.tolist() == [1, 0]
     assert routing.expert_ids_P.dtype == torch.int64
+
+
+@pytest.mark.parametrize("make", [from_topk, static_from_topk])
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.uint8, 256), (torch.int8, 128), (torch.int8, 300)])
+def test_more_experts_than_the_ids_dtype_can_say(make: Any, dtype: torch.dtype, experts: int) -> None:
+    routing = make(torch.tensor([[100, 3]], dtype=dtype), torch.ones(1, 2), num_experts=experts)
+    assert routing.expert_ids_P.tolist() == [100, 3]
+
+
+@pytest.mark.parametrize("make", [from_topk, static_from_topk])
+def test_an_identity_expert_is_none_of_the_experts(make: Any) -> None:
+    with pytest.raises(KernelInputError, match=r"identity_ids \[3, 4\] must lie outside"):
+        make(torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2), num_experts=4, identity_ids=[4, 3])
+
+
+@pytest.mark.parametrize("precision", ["native", "int8", "int4"])
+def test_a_routing_of_another_device_or_shape_is_refused(precision: Any) -> None:
+    """A kernel takes addresses: what lies on another device ended the process."""
+    moe = FusedMoE(torch.randn(4, 64, 32), torch.randn(4, 32, 32), precision=precision)
+    good = from_topk(torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), num_experts=4)
+    for name in ("indptr_T1", "expert_ids_P", "weights_P"):
+        bad = replace(good, **{name: getattr(good, name).to("meta")})
+        with pytest.raises(KernelInputError, match=rf"routing.{name} of .* on meta: on cpu"):
+            moe(torch.zeros(5, 32), bad)
+    for wrong in ({"copy_T": torch.ones(1)}, {"add_TD": torch.ones(5, 1)}):
+        with pytest.raises(KernelInputError, match=f"routing.{next(iter(wrong))}"):
+            moe(torch.zeros(5, 32), replace(good, **wrong))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4), (2, 0, 4), (2, 8, 0)])
+def test_nothing_to_quantise_is_an_input_error(shape: tuple[int, int, int]) -> None:
+    E, G, D = shape
+    with pytest.raises(KernelInputError, match="at least one of everything"):
+        FusedMoE(torch.zeros(shape), torch.zeros(E, D, G // 2), precision="int8")
 
 
 def test_sizes_past_32_bits_stay_shapes() -> None:

@@ -184,3 +184,12 @@ def test_the_command_prints_every_policy_and_plots(tmp_path: Path, capsys: pytes
         assert name in out
     assert out.count("5%") >= 8
     assert (tmp_path / "hits.svg").read_text().startswith("<svg")
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_layer("0102").save(tmp_path / "trace")
+    wrong = [(["none"], "there is no trace"), (["trace", "--plot", str(tmp_path / "a.png")], "writes SVG")]
+    for (name, *more), words in wrong:
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / name), *more])
+        assert words in capsys.readouterr().err

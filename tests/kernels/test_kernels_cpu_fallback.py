@@ -78,6 +78,19 @@ def test_without_a_compiler_it_says_so_and_still_computes(
     assert moe(torch.randn(5, 32), make_routing(5, 3)).isfinite().all()
 
 
+def test_a_cache_that_cannot_be_written_is_named_and_the_slow_way_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make_experts: Make
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("collegium_kernels.cpu.backend.find_compiler", lambda: "g++")
+    for _ in range(3):  # a model's layers
+        moe = FusedMoE(*make_experts(2, 32, 32), precision="int8")
+    assert "Cannot write to" in moe.explain()
+    assert "XDG_CACHE_HOME" in moe.explain()
+    assert caplog.text.count("run in torch here") == 1
+
+
 def test_a_file_that_is_no_library_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "moe.so").write_text("nothing")
     with pytest.raises(BackendUnavailable, match="Delete it"):

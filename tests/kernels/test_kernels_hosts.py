@@ -1,10 +1,12 @@
 """Our experts inside transformers and inside vLLM."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.ragged import Routing
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
@@ -63,6 +65,88 @@ def test_quantised_experts_change_nothing_but_the_arithmetic_of_the_codes(dense:
 
 
 @needs_transformers
+def test_the_experts_of_a_model_train(dense: Any) -> None:
+    """They were left out of the gradient without a word."""
+    from collegium_kernels.transformers_experts import register
+
+    from evals.kernels.upcycle import upcycle
+
+    register()
+    ids, gradients = torch.randint(3, 97, (2, 17)), {}
+    for name in ("eager", "collegium"):
+        sparse = upcycle(dense)
+        sparse.set_experts_implementation(name)
+        sparse(ids, labels=ids).loss.backward()
+        gradients[name] = {n: p.grad for n, p in sparse.named_parameters()}
+    for name, wanted in gradients["eager"].items():
+        torch.testing.assert_close(gradients["collegium"][name], wanted, atol=1e-6, rtol=1e-4, msg=name)
+    sparse.set_experts_implementation("collegium_int8")
+    with pytest.raises(KernelInputError, match="no gradients"):
+        sparse(ids)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["collegium", "collegium_int8"])
+def test_experts_that_changed_are_packed_again(dense: Any, name: str) -> None:
+    from collegium_kernels.transformers_experts import register
+
+    from evals.kernels.upcycle import upcycle
+
+    register()
+    ids, sparse, other = torch.randint(3, 97, (2, 17)), upcycle(dense), upcycle(dense)
+    with torch.no_grad():
+        for model in (sparse, other):
+            model.set_experts_implementation(name)
+        before = sparse(ids).logits
+        assert sparse.model.layers[0].mlp.experts._collegium_packed is not None
+        other.model.layers[0].mlp.experts.down_proj.mul_(2)
+        wanted = other(ids).logits
+        sparse.load_state_dict(other.state_dict())
+        assert torch.equal(sparse(ids).logits, wanted)
+        assert not torch.equal(wanted, before)
+        sparse.set_experts_implementation("collegium_int4")  # another precision of the same model
+        other = upcycle(dense)
+        other.load_state_dict(sparse.state_dict())
+        other.set_experts_implementation("collegium_int4")
+        assert torch.equal(sparse(ids).logits, other(ids).logits)
+        assert sparse.to(torch.bfloat16)(ids).logits.dtype == torch.bfloat16
+
+
+@needs_transformers
+@pytest.mark.parametrize(("options", "words"), [({"num_experts": 5, "paired": True}, "even"), ({"k": 5}, "k is 5")])
+def test_an_upcycled_model_that_cannot_be(dense: Any, options: dict[str, Any], words: str) -> None:
+    from evals.kernels.upcycle import upcycle
+
+    with pytest.raises(ValueError, match=words):
+        upcycle(dense, **options)
+
+
+def test_engines_of_the_comparison_come_with_their_twins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from evals.kernels import hosts
+
+    ran: list[str] = []
+
+    def child(engine: Any, *_: Any) -> dict[str, Any]:
+        ran.append(engine.name)
+        return {"rows": [[1]], "tokens_per_s": 1.0, "chosen": 1}
+
+    monkeypatch.setattr(hosts, "_child", child)
+    monkeypatch.setattr(hosts, "prepare", lambda *_: None)
+    given = ["--model", str(tmp_path), "--work", str(tmp_path), "--tokens", "1"]
+    hosts.main([*given, "--engines", "collegium_int8, paired"])
+    assert ran == ["dense", "one expert, int8", "collegium_int8, paired"]
+    assert "| 1 of 1 | 1.0 |" in capsys.readouterr().out.splitlines()[-1]  # its twin's texts, then its speed
+    for wrong in (["--engines", "collegium, bf16", "--transformers"], ["--engines", "stok"]):
+        with pytest.raises(SystemExit):
+            hosts.main([*given, *wrong])
+        assert "there are dense, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hosts.main([])
+
+
+@needs_transformers
 def test_experts_that_are_not_swiglu_are_refused(dense: Any) -> None:
     from collegium_kernels.transformers_experts import register
 
@@ -106,6 +190,11 @@ def test_a_trace_is_recorded_from_a_running_model(dense: Any) -> None:
     trace = record(sparse, [torch.tensor([3, 4, 5]), torch.tensor([6, 7])], new_tokens=4)
     assert trace.ids_SLK.shape == (3 + 3 + 2 + 3, 2, 2)
     assert trace.ids_SLK.float().std() > 0
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no mixture"):
+        record(dense, [torch.tensor([3])], new_tokens=1)
+    del sparse.config.num_local_experts
+    sparse.config.num_experts = 4  # as most other families name it
+    assert record(sparse, [torch.tensor([3, 4])], new_tokens=1).num_experts == 4
     again = from_routed_experts([trace.ids_SLK[:4].numpy(), trace.ids_SLK[4:].numpy()], num_experts=4)
     assert torch.equal(again.ids_SLK, trace.ids_SLK)
 
@@ -126,12 +215,13 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
     assert (made.group, made.policy) == (32, RoutingPolicy(kind="top_p", p=0.5))
     with pytest.raises(ValueError, match=r"does not know \['grup'\]"):
         config.from_config({"grup": 32})
+    with pytest.raises(ValueError, match="p is read with"):
+        config.from_config({"p": 0.5})
 
 
 def test_the_entry_point_names_the_function_that_registers() -> None:
     import tomllib
     from importlib import import_module
-    from pathlib import Path
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["vllm.general_plugins"]["collegium"].partition(":")

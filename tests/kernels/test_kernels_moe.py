@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from collegium_kernels.errors import BackendUnavailable, KernelInputError
-from collegium_kernels.moe import FusedMoE, fused_moe
+from collegium_kernels.moe import FusedMoE, SwiGLUExperts, fused_moe
 from collegium_kernels.ragged import Routing, from_topk, static_from_topk
 from collegium_kernels.reference import reference_moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 Make = Callable[..., Any]
 TOLERANCE = {
@@ -145,3 +146,15 @@ def test_non_contiguous_tensors_are_read_right(make_experts: Make, make_routing:
     apart = gate_up.transpose(1, 2).contiguous().transpose(1, 2)
     got, wanted = fused_moe(x, apart, down, routing), reference_moe(x, gate_up, down, routing)
     torch.testing.assert_close(got, wanted, **TOLERANCE[torch.float32])
+
+
+def test_gradients_in_fp64_are_exact_to_fp64() -> None:
+    """The sum over a token's experts was in fp32 whatever they were in."""
+    ids, active = torch.randint(-1, 4, (5, 3)), torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    experts = SwiGLUExperts(4, 6, 4).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+
+    def layer(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return fused_moe(x, gate_up, down, from_topk(ids, weights, num_experts=4), backend="torch")
+
+    assert torch.autograd.gradcheck(layer, (x, active, experts.w_gate_up_EGD, experts.w_down_EDF))

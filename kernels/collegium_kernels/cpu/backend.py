@@ -1,5 +1,7 @@
 """Experts on the CPU: int8 and int4 in our C++, bf16 in vLLM's kernel."""
 
+import logging
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from collegium_kernels.grouped import add_cheap_experts
 from collegium_kernels.quant import Quantised, quantise
 from collegium_kernels.ragged import Routing
 
+LOG = logging.getLogger(__name__)
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -51,10 +54,11 @@ class CpuBackend:
         if weights.precision == "native":
             return vllm_bf16.prepare(weights)
         bits, (E, _, F) = BITS[weights.precision], weights.shape
-        gate_up = quantise(weights.gate_up_EGD, bits=bits, group=weights.group)
-        down = quantise(weights.down_EDF, bits=bits, group=weights.group)
-        native, _ = self._native()
+        gate_up = quantise(weights.gate_up_EGD.detach(), bits=bits, group=weights.group)
+        down = quantise(weights.down_EDF.detach(), bits=bits, group=weights.group)
+        native, reason = self._native()
         if native is None:
+            _tell_once(reason)
             return lambda x_TD, routing: emulated_moe(x_TD, gate_up, down, routing).to(x_TD.dtype)
         return native_runner(native, gate_up, down, expert_width=F, num_experts=E)
 
@@ -66,6 +70,12 @@ class CpuBackend:
             return NativeMoE(build(self._compiler, self._folder or cache_folder()), portable=self._portable), ""
         except BackendUnavailable as exc:
             return None, str(exc)
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    """A model has many layers, and each prepares its own experts."""
+    LOG.warning("int8 and int4 experts run in torch here, 10 to 70 times slower than compiled: %s", reason)
 
 
 def native_runner(

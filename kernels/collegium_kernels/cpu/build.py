@@ -53,6 +53,9 @@ def _compile(command: list[str], library: Path) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
         os.close(handle)
+    except OSError as exc:
+        raise BackendUnavailable(f"Cannot write to {library.parent}: {exc}; XDG_CACHE_HOME names another.") from exc
+    try:
         done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise BackendUnavailable(f"Could not run {' '.join(command)}: {exc}") from exc

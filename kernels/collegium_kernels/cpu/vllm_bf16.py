@@ -61,7 +61,10 @@ def self_test(D: int, F: int) -> float:
 
 
 def prepare(weights: ExpertWeights) -> Runner:
-    packed = [torch.ops._C.convert_weight_packed(w.contiguous()) for w in (weights.gate_up_EGD, weights.down_EDF)]
+    packed = [
+        torch.ops._C.convert_weight_packed(w.contiguous())
+        for w in (weights.gate_up_EGD.detach(), weights.down_EDF.detach())
+    ]
 
     def run(x_TD: Tensor, routing: Routing) -> Tensor:
         y_TD = _run(x_TD.contiguous(), packed, routing).to(x_TD.dtype)

@@ -29,19 +29,19 @@ class DynMoEGate(nn.Module):
 
     def scores(self, x_TD: Tensor) -> Tensor:
         unit_TD = x_TD.float() / x_TD.float().square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-        cosines_TE = steady_mm(unit_TD, functional.normalize(self.weight_ED, dim=1))
+        cosines_TE = steady_mm(unit_TD, functional.normalize(self.weight_ED.float(), dim=1))
         return steady_map(torch.sigmoid, self.scale * cosines_TE)
 
     def active(self, scores_TE: Tensor) -> Tensor:
         """Over their thresholds, before any fallback."""
-        return scores_TE > steady_map(torch.sigmoid, self.threshold_E)
+        return scores_TE > steady_map(torch.sigmoid, self.threshold_E.float())
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         scores_TE = self.scores(x_TD)
         active_TE = self.active(scores_TE)
         nearest_TE = functional.one_hot(scores_TE.argmax(dim=1), self.num_experts).bool()
         active_TE = torch.where(active_TE.any(dim=1, keepdim=True), active_TE, nearest_TE)
-        margin_TE = scores_TE - steady_map(torch.sigmoid, self.threshold_E)
+        margin_TE = scores_TE - steady_map(torch.sigmoid, self.threshold_E.float())
         through_TE = active_TE + margin_TE - margin_TE.detach()
         weights_TE = through_TE / active_TE.sum(dim=1, keepdim=True)
         return Routed(routing=from_dense(weights_TE, active_TE), scores_TE=scores_TE, loss=self._loss())

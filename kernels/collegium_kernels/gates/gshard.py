@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.ragged import from_topk, limit_capacity
+from collegium_kernels.ragged import from_topk, limit_capacity, rectangular
 
 CARD = Card(title="GShard top-2", source="arXiv 2006.16668", k="1 to 2 in training, 2 after", cost="E D")
 
@@ -33,7 +33,8 @@ class GShardGate(LinearGate):
             drop_T = chance_T > 2 * weights_TK[:, 1]
             ids_TK = torch.stack([ids_TK[:, 0], ids_TK[:, 1].masked_fill(drop_T, -1)], dim=1)
         routing = from_topk(ids_TK, weights_TK, num_experts=self.num_experts)
-        loss = self.balance * balance_loss(probs_TE, routing)
+        first = rectangular(ids_TK[:, :1], weights_TK[:, :1], num_experts=self.num_experts)
+        loss = self.balance * balance_loss(probs_TE, first)  # of first choices, as in the paper's algorithm 1
         if self.capacity_factor is not None:
             rank_P = torch.arange(2, device=x_TD.device).expand_as(ids_TK)[ids_TK >= 0]
             capacity = math.ceil(2 * self.capacity_factor * x_TD.shape[0] / self.num_experts)

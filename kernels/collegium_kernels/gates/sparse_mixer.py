@@ -50,7 +50,7 @@ class SparseMixerGate(LinearGate):
         balance: float = 0.01,
     ) -> None:
         super().__init__(width, num_experts)
-        self.k, self.variant, self.epsilon, self.balance = k, variant, epsilon, balance
+        self.k, self.variant, self.epsilon, self.balance = min(k, num_experts), variant, epsilon, balance
         self.omega_E = torch.nn.Parameter(torch.ones(num_experts), requires_grad=variant == "v1")
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:

@@ -54,6 +54,8 @@ class CollegiumConfig(QuantizationConfig):
         unknown = set(config) - OPTIONS - {"quant_method"}
         if unknown:
             raise ValueError(f"{cls.method} does not know {sorted(unknown)}; its options are {sorted(OPTIONS)}.")
+        if "p" in config and config.get("routing") != "top_p":
+            raise ValueError(f'{cls.method}: p is read with "routing": "top_p" only; add that, or leave p out.')
         policy = RoutingPolicy(kind=config.get("routing", "top_k"), p=float(config.get("p", 0.9)))
         return cls(group=int(config.get("group", 128)), policy=policy)
 

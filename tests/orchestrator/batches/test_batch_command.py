@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import yaml
@@ -60,6 +61,34 @@ def test_no_input(folder):
     (folder / "in.jsonl").unlink()
     result = call(folder)
     assert (result.exit_code, "There is no file" in result.output) == (1, True)
+
+
+def test_no_file_of_the_batch_takes_the_inputs_place(folder):
+    (folder / "in.jsonl").rename(folder / "out.errors.jsonl")  # what failed before, corrected
+    given = ["batch", "run", str(folder / "out.errors.jsonl"), "--out", str(folder / "out.jsonl")]
+    result = CliRunner().invoke(app, [*given, "-c", str(folder / "c.yaml")])
+    assert (result.exit_code, "is the input itself" in " ".join(result.output.split())) == (1, True)
+
+
+def test_an_input_that_can_be_read_only_once(folder):
+    (folder / "in.jsonl").unlink()
+    os.mkfifo(folder / "in.jsonl")
+    result = call(folder)
+    assert (result.exit_code, "no regular file" in " ".join(result.output.split())) == (1, True)
+
+
+def test_no_answer_at_all_is_a_failure(folder):
+    (folder / "in.jsonl").write_text("x\ny\n")
+    result = call(folder)
+    assert (result.exit_code, "0 of 2 lines" in " ".join(result.output.split())) == (1, True)
+    (folder / "in.jsonl").write_text("")
+    assert call(folder).exit_code == 0
+
+
+def test_reading_a_long_file_is_told(folder, monkeypatch):
+    monkeypatch.setattr("orchestrator.commands.batch.READ_LINES", 512)
+    Batch(folder).write([line(f"q{i}", model="one") for i in range(1100)])
+    assert "reading: 512 lines" in call(folder).output
 
 
 def test_nothing_to_resume(folder):

@@ -179,6 +179,7 @@ def test_a_file_that_is_too_large(tmp_path):
         with served.client() as client, pytest.raises(openai.APIStatusError) as refused:
             upload(client, b"x" * 300_000)
         assert refused.value.status_code == 413
+        assert "at most 100000 bytes here (batches.max_file_bytes)" in str(refused.value)
 
         def chunks():
             yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
@@ -301,8 +302,12 @@ def test_the_service_stops_and_goes_on(tmp_path):
         assert served.engine.calls < 30  # what was answered before is not asked again
 
 
+class _Kill(BaseException):
+    """No bug, which would end the batch."""
+
+
 def _killed(*_):
-    raise RuntimeError
+    raise _Kill
 
 
 def test_killed_between_the_output_and_the_register(tmp_path, monkeypatch):
@@ -334,6 +339,36 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing(tmp_path, monkeypatch):
         done = ended(client, begin(client))
         assert (done.status, done.request_counts.completed) == ("completed", 5)
         assert left == [0]
+
+
+def test_a_bug_ends_a_batch_and_keeps_its_answers(tmp_path, monkeypatch, caplog):
+    settle, calls = Store.settle, []
+
+    def broken(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("a bug")
+        return settle(self, *given)
+
+    monkeypatch.setattr(Store, "settle", broken)
+    with serving(settings(tmp_path, batches={"window": 1})) as served, served.client() as client:
+        done = ended(client, begin(client))
+        assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("failed", 2, 3)
+        assert (done.errors.data[0].code, done.failed_at is not None) == ("internal_error", True)
+        assert [row["custom_id"] for row in rows(client, done.output_file_id)] == ["q0", "q1"]
+        assert {row["error"]["code"] for row in rows(client, done.error_file_id)} == {"internal_error"}
+        assert ended(client, begin(client)).status == "completed"  # the next one has its turn
+    assert "stopped by a bug" in caplog.text
+
+
+def test_a_bug_at_the_end_too_is_a_failed_batch(tmp_path, monkeypatch):
+    def broken(self):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("orchestrator.batches.runner.Runner._unread", broken)
+    with serving(settings(tmp_path)) as served, served.client() as client:
+        done = ended(client, begin(client))
+        assert (done.status, done.errors.data[0].code, done.output_file_id) == ("failed", "internal_error", None)
 
 
 def test_a_reload_in_the_middle(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The parts that have an arithmetic of their own: the input's lines, the seconds of generation, forms in pieces."""
 
+import gzip
 import io
 import itertools
 
@@ -37,12 +38,27 @@ def test_lines_know_where_they_lie(tmp_path):
     source.close()
 
 
+def test_the_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "in"
+    path.write_bytes("\ufeffone\n\ufefftwo\n".encode())
+    source = Source(path, max_line_bytes=8)
+    (first, raw), (second, other) = source.lines()
+    assert (first.n, first.offset, first.size_bytes, raw) == (1, 3, 4, b"one\n")
+    assert source.read(first.offset, first.size_bytes) == raw
+    assert (second.offset, other) == (7, "\ufefftwo\n".encode())
+    source.close()
+    path.write_bytes(b"\xef\xbb\xbf")
+    source = Source(path, max_line_bytes=8)
+    assert list(source.lines()) == []
+    source.close()
+
+
 @given(
     lines=st.lists(st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"x")), max_size=40), at=st.integers(0, 40)
 )
 def test_reading_goes_on_anywhere(tmp_path_factory, lines, at):
     path = tmp_path_factory.mktemp("source") / "in"
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    path.write_bytes(b"# the first line\n" + b"".join(line + b"\n" for line in lines))
     source = Source(path, max_line_bytes=8)
     everything = [item for piece in stretches(source, n=0, offset=0) for item in piece]
     head = everything[:at]
@@ -55,6 +71,13 @@ def test_reading_goes_on_anywhere(tmp_path_factory, lines, at):
 def test_a_source_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="Cannot read"):
         Source(tmp_path / "none", max_line_bytes=8)
+
+
+@pytest.mark.parametrize(("raw", "what"), [("{}".encode("utf-16"), "UTF-16"), (gzip.compress(b"{}"), "gzip")])
+def test_a_source_that_is_no_utf_8_is_refused_as_a_whole(tmp_path, raw, what):
+    (tmp_path / "in").write_bytes(raw)
+    with pytest.raises(ConfigError, match=what):
+        Source(tmp_path / "in", max_line_bytes=8)
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 10)), max_size=40))

@@ -141,6 +141,29 @@ async def test_bad_lines_are_told_with_their_numbers_and_the_rest_runs(batch):
     assert (report["requests"], report["errors"], report["lost"]) == (18, 15, 0)
 
 
+async def test_an_answer_with_strange_line_breaks_stays_on_one_line(tmp_path):
+    batch = Batch(tmp_path, config(a={"text": "one\u2028two\u2029three\x85four\x0bfive"}))
+    batch.write([line("q", model="one"), line("b\u2028d", model="nobody")])
+    await batch.run()
+    assert batch.answers() == {"q": "one\u2028two\u2029three\x85four\x0bfive"}  # split at each of them by rows()
+    assert [row["custom_id"] for row in batch.errors] == ["b\u2028d"]
+
+
+async def test_a_custom_id_that_stands_twice_is_told_of_embeddings_too(batch):
+    def embedding(name):
+        return {**line(name), "url": "/v1/embeddings", "body": {"model": "collegium", "input": "text"}}
+
+    batch.write([embedding("a"), embedding("a"), line("a", model="one"), embedding("b"), line("a", model="nobody")])
+    report = await batch.run()
+    assert [row["custom_id"] for row in batch.rows()] == ["a", "b"]
+    assert [(r["error"]["line"], r["error"]["code"]) for r in batch.errors] == [
+        (2, "duplicate_custom_id"),
+        (3, "duplicate_custom_id"),
+        (5, "not_found"),
+    ]
+    assert (report["requests"], report["errors"], report["lost"], report["duplicated"]) == (5, 3, 0, 0)
+
+
 async def test_nothing_but_bad_lines_loads_nothing(batch):
     batch.write([b"x", b"y"])
     report = await batch.run()
