@@ -37,9 +37,9 @@ class DSelectKGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         x_TD = x_TD.float()
-        t_TSM = steady_mm(x_TD.float(), self.weight_bits.float()).view(-1, self.k, self.bits)
+        t_TSM = steady_mm(x_TD, self.weight_bits.float()).view(-1, self.k, self.bits)
         single_TSE = code_probabilities(smooth_step(t_TSM, self.gamma), self.num_experts)
-        alpha_TS = steady_mm(x_TD.float(), self.weight_alpha.float()).softmax(dim=1)
+        alpha_TS = steady_mm(x_TD, self.weight_alpha.float()).softmax(dim=1)
         weights_TE = (alpha_TS[:, :, None] * single_TSE).sum(dim=1)
         routing = from_dense(weights_TE, weights_TE > 0)
         return Routed(routing=routing, scores_TE=weights_TE, loss=self._loss(single_TSE))
