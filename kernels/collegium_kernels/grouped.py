@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from collegium_kernels.backends import ExpertWeights, Runner
+from collegium_kernels.errors import require
 from collegium_kernels.ragged import ByExpert, Routing, by_expert
 from collegium_kernels.steady import segment_sum, steady_map, steady_mm
 
@@ -21,6 +22,8 @@ def dispatch(x_TD: Tensor, rows: ByExpert) -> Tensor:
 
 def run_experts(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_E1: Tensor) -> Tensor:
     """SwiGLU of each expert on its own rows; rows after the last expert's are zero."""
+    E = indptr_E1.shape[0] - 1
+    require(w_gate_up_EGD.shape[0] == E, "w_gate_up_EGD", w_gate_up_EGD, f"{E} experts, as the routing has")
     if x_PD.is_cuda and x_PD.dtype == torch.bfloat16:
         return _run_on_cuda(x_PD, w_gate_up_EGD, w_down_EDF, indptr_E1)
     bounds = indptr_E1.tolist()

@@ -33,6 +33,7 @@ class MoELayer(nn.Module):
         self.gate, self.experts, self.shared = gate, experts, shared
 
     def forward(self, x_TD: Tensor, context: Context | None = None) -> tuple[Tensor, Routed]:
+        require(x_TD.dim() == 2, "x_TD", x_TD, "two dimensions, (tokens, width): flatten sequences first")
         routed = self.gate(x_TD, context or Context())  # route
         rows = by_expert(routed.routing)
         x_PD = dispatch(x_TD, rows)

@@ -28,6 +28,8 @@ def forward_for(precision: Precision) -> Any:
     have changed or another precision is asked for."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if PACKED not in self.__dict__:
+            _refuse_what_we_cannot(self)
         state = (precision, *_state(self.gate_up_proj), *_state(self.down_proj))
         if self.__dict__.get(PACKED, (None,))[0] != state:
             self.__dict__[PACKED] = state, _pack(self, precision)
@@ -44,9 +46,12 @@ def _state(weights: Tensor) -> tuple[Any, ...]:
 
 
 def _pack(module: Any, precision: Precision) -> FusedMoE:
-    activation = type(module.act_fn).__name__.lower()
+    return FusedMoE(module.gate_up_proj, module.down_proj, precision=precision)
+
+
+def _refuse_what_we_cannot(module: Any) -> None:
+    activation = type(getattr(module, "act_fn", None)).__name__.lower()
     if module.is_transposed or module.has_bias or not module.has_gate or "silu" not in activation:
         raise ValueError(
             f"{type(module).__name__} are not plain SwiGLU experts with weights (E, 2 F, D) and (E, D, F)."
         )
-    return FusedMoE(module.gate_up_proj, module.down_proj, precision=precision)

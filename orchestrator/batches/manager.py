@@ -183,6 +183,7 @@ class Manager:
             **{key: file.file_id for key, file in files.items()},
             f"{status}_at": now(),
             "request_counts": {"total": report["requests"], "completed": report["requests"] - failed, "failed": failed},
+            "usage": _usage(report),
         }
         self._register.change(batch.batch_id, status, changes, list(files.values()))
 
@@ -220,6 +221,18 @@ _ENDS: Mapping[tuple[str, str] | None, Status] = {
     EXPIRED: "expired",
     BROKEN: "failed",
 }
+
+
+def _usage(report: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's usage of a batch: of all calls of experts."""
+    read, written = report["prompt_tokens"], report["completion_tokens"]
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": read + written,
+    }
 
 
 def _errors(exc: CollegiumError) -> dict[str, Any]:

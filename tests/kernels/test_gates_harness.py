@@ -120,6 +120,17 @@ def test_a_layer_in_bf16_routes_in_fp32(name: str, narrow_gate: bool) -> None:
         assert routed.scores_TE.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"read_me"}))
+def test_autocast_changes_no_routing(name: str) -> None:
+    """Training in mixed precision must not round the router; modules of torch, as in Read-ME, are torch's."""
+    gate, x, ids = make(name), torch.randn(65, D), torch.randint(0, V, (65,))
+    plain = run(name, gate, x, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(name, gate, x, ids)
+    assert torch.equal(cast.routing.dense_TE(), plain.routing.dense_TE())
+    assert torch.equal(cast.scores_TE, plain.scores_TE)
+
+
 @pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))
 def test_a_missing_token_id_is_named(name: str) -> None:
     with pytest.raises(ValueError, match="token_ids_T"):

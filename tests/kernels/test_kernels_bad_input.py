@@ -11,7 +11,8 @@ import pytest
 import torch
 from collegium_kernels.cpu.build import FOLDER, find_compiler
 from collegium_kernels.errors import KernelInputError
-from collegium_kernels.moe import FusedMoE
+from collegium_kernels.gates.mixtral import MixtralGate
+from collegium_kernels.moe import FusedMoE, MoELayer, SwiGLUExperts
 from collegium_kernels.ragged import from_topk, static_from_topk
 
 SCRIPT = """
@@ -82,6 +83,16 @@ def test_a_routing_of_another_device_or_shape_is_refused(precision: Any) -> None
     for wrong in ({"copy_T": torch.ones(1)}, {"add_TD": torch.ones(5, 1)}):
         with pytest.raises(KernelInputError, match=f"routing.{next(iter(wrong))}"):
             moe(torch.zeros(5, 32), replace(good, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("experts", "shape", "words"),
+    [(3, (9, 8), "w_gate_up_EGD of shape .* 5 experts"), (7, (9, 8), "5 experts"), (5, (2, 9, 8), "flatten sequences")],
+)
+def test_a_layer_whose_parts_do_not_fit(experts: int, shape: tuple[int, ...], words: str) -> None:
+    layer = MoELayer(MixtralGate(8, 5), SwiGLUExperts(experts, 8, 4))
+    with pytest.raises(KernelInputError, match=words):
+        layer(torch.randn(shape))
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4), (2, 0, 4), (2, 8, 0)])

@@ -160,6 +160,23 @@ def test_experts_that_are_not_swiglu_are_refused(dense: Any) -> None:
         sparse(torch.tensor([[1, 2, 3]]))
 
 
+@needs_transformers
+def test_experts_of_another_family_are_refused_by_name() -> None:
+    from collegium_kernels.transformers_experts import register
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    register()
+    model = AutoModelForCausalLM.from_config(
+        GptOssConfig(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=16, eos_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    model.set_experts_implementation("collegium_int8")
+    with torch.no_grad(), pytest.raises(ValueError, match="GptOssExperts are not plain SwiGLU"):
+        model(torch.tensor([[1, 2, 3]]))
+
+
 def weights_of(routing: Routing) -> list[list[float]]:
     return [[round(w, 4) for w in row] for row in routing.dense_TE().tolist()]
 

@@ -62,7 +62,13 @@ class LinearGate(nn.Module):
         self.weight_ED = nn.Parameter(torch.randn(num_scores or num_experts, width) / width**0.5)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return steady_mm(x_TD.float(), self.weight_ED.float())
+        return fp32_mm(x_TD, self.weight_ED)
+
+
+def fp32_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
+    """``x @ w.T`` in fp32, whatever they are in and under autocast too, which would round what a router decides by."""
+    with torch.autocast(x_RD.device.type, enabled=False):
+        return steady_mm(x_RD.float(), w_ND.float())
 
 
 def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,9 @@ Legend: T tokens, D width, E experts (a power of two), K trees, N = E - 1 nodes.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm
 from collegium_kernels.gates.smooth_step import num_bits, smooth_step
 from collegium_kernels.ragged import from_dense
-from collegium_kernels.steady import steady_mm
 
 CARD = Card(title="COMET, trees", source="arXiv 2306.02824", k="all, falling to at most 2", cost="k (2 E - 1) D")
 
@@ -48,9 +47,9 @@ class CometGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         x_TD = x_TD.float()
-        steps_TKN = smooth_step(steady_mm(x_TD, self.nodes.float()), self.gamma).view(-1, self.k, self.num_experts - 1)
+        steps_TKN = smooth_step(fp32_mm(x_TD, self.nodes), self.gamma).view(-1, self.k, self.num_experts - 1)
         paths_TKE = _paths(steps_TKN, self.depth)
-        leaves_TKE = steady_mm(x_TD, self.leaves.float()).view(-1, self.k, self.num_experts)
+        leaves_TKE = fp32_mm(x_TD, self.leaves).view(-1, self.k, self.num_experts)
         masked = torch.where(paths_TKE > 0, leaves_TKE + paths_TKE.clamp(min=1e-30).log(), -torch.inf)
         weights_TE = self._to_experts(masked.flatten(1).softmax(dim=1).view_as(masked), context.generator).sum(dim=1)
         loss = -torch.xlogy(paths_TKE, paths_TKE.clamp(min=1e-9)).sum(dim=2).mean() if len(x_TD) else weights_TE.sum()

@@ -6,10 +6,9 @@ Legend: T tokens, D width, E experts, S selectors, M bits.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm
 from collegium_kernels.gates.smooth_step import code_probabilities, num_bits, smooth_step
 from collegium_kernels.ragged import from_dense
-from collegium_kernels.steady import steady_mm
 
 CARD = Card(
     title="DSelect-k", source="arXiv 2106.03760", k="all, falling to at most 4", cost="k (log2 E + 1) D + k E log2 E"
@@ -37,9 +36,9 @@ class DSelectKGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         x_TD = x_TD.float()
-        t_TSM = steady_mm(x_TD, self.weight_bits.float()).view(-1, self.k, self.bits)
+        t_TSM = fp32_mm(x_TD, self.weight_bits).view(-1, self.k, self.bits)
         single_TSE = code_probabilities(smooth_step(t_TSM, self.gamma), self.num_experts)
-        alpha_TS = steady_mm(x_TD, self.weight_alpha.float()).softmax(dim=1)
+        alpha_TS = fp32_mm(x_TD, self.weight_alpha).softmax(dim=1)
         weights_TE = (alpha_TS[:, :, None] * single_TSE).sum(dim=1)
         routing = from_dense(weights_TE, weights_TE > 0)
         return Routed(routing=routing, scores_TE=weights_TE, loss=self._loss(single_TSE))

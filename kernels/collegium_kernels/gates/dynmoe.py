@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, Routed
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm
 from collegium_kernels.ragged import from_dense
-from collegium_kernels.steady import steady_map, steady_mm
+from collegium_kernels.steady import steady_map
 
 CARD = Card(title="DynMoE", source="arXiv 2405.14297", k="1 to E", cost="E D + D")
 
@@ -29,7 +29,7 @@ class DynMoEGate(nn.Module):
 
     def scores(self, x_TD: Tensor) -> Tensor:
         unit_TD = x_TD.float() / x_TD.float().square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-        cosines_TE = steady_mm(unit_TD, functional.normalize(self.weight_ED.float(), dim=1))
+        cosines_TE = fp32_mm(unit_TD, functional.normalize(self.weight_ED.float(), dim=1))
         return steady_map(torch.sigmoid, self.scale * cosines_TE)
 
     def active(self, scores_TE: Tensor) -> Tensor:

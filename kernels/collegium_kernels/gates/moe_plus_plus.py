@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm
 from collegium_kernels.ragged import Routing, from_topk
-from collegium_kernels.steady import steady_mm
 
 CARD = Card(
     title="MoE++, zero, copy and constant experts", source="arXiv 2410.07348", k="0 to 2", cost="(E + N) (D + E + N)"
@@ -47,7 +46,7 @@ class MoEPlusPlusGate(LinearGate):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         logits_TE = self.logits(x_TD)
         if context.state_TS is not None:
-            logits_TE = logits_TE + steady_mm(context.state_TS, self.residual_EE.float())
+            logits_TE = logits_TE + fp32_mm(context.state_TS, self.residual_EE)
         probs_TE = logits_TE.softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, self.k)
         weights_TK = weights_TK.masked_fill(ids_TK == self.num_experts, 0)
@@ -77,7 +76,7 @@ class MoEPlusPlusGate(LinearGate):
         return over_P.view(ids_TK.shape[1], -1).T
 
     def _add_constants(self, routing: Routing, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Routing:
-        mix_TN2 = steady_mm(x_TD.float(), self.mix_ND.float()).view(-1, self.constants, 2).softmax(dim=2)
+        mix_TN2 = fp32_mm(x_TD, self.mix_ND).view(-1, self.constants, 2).softmax(dim=2)
         numbers_N = torch.arange(self.constants, device=x_TD.device) + self.num_experts + 2
         weight_TN = (weights_TK[:, :, None] * (ids_TK[:, :, None] == numbers_N)).sum(dim=1)
         copy_T = (weight_TN * mix_TN2[:, :, 0]).sum(dim=1)

@@ -6,9 +6,9 @@ Legend: T tokens, D width, E experts, S state.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, top_k
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm, top_k
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.steady import steady_map, steady_mm
+from collegium_kernels.steady import steady_map
 
 CARD = Card(title="RMoE, recurrent router", source="arXiv 2408.06793", k="2", cost="S D + 6 S^2 + S E")
 
@@ -23,8 +23,8 @@ class GRU(nn.Module):
         self.bias_update = nn.Parameter(torch.zeros(size))
 
     def forward(self, input_TS: Tensor, state_TS: Tensor) -> Tensor:
-        reset_i, update_i, new_i = steady_mm(input_TS, self.weight_input.float()).chunk(3, dim=1)
-        reset_h, update_h, new_h = steady_mm(state_TS, self.weight_state.float()).chunk(3, dim=1)
+        reset_i, update_i, new_i = fp32_mm(input_TS, self.weight_input).chunk(3, dim=1)
+        reset_h, update_h, new_h = fp32_mm(state_TS, self.weight_state).chunk(3, dim=1)
         update = steady_map(torch.sigmoid, update_i + update_h + self.bias_update)
         new = steady_map(torch.tanh, new_i + steady_map(torch.sigmoid, reset_i + reset_h) * new_h)
         return (1 - update) * new + update * state_TS
@@ -51,10 +51,10 @@ class RMoEGate(nn.Module):
         self.gru = gru or GRU(state)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        input_TS = steady_mm(x_TD.float(), self.project_SD.float())
+        input_TS = fp32_mm(x_TD, self.project_SD)
         before_TS = torch.zeros_like(input_TS) if context.state_TS is None else context.state_TS
         state_TS: Tensor = self.gru(input_TS, before_TS.detach() if self.detach else before_TS)
-        probs_TE = steady_mm(state_TS, self.score_ES.float()).softmax(dim=1)
+        probs_TE = fp32_mm(state_TS, self.score_ES).softmax(dim=1)
         routing = top_k(probs_TE, self.k, renormalise=True)
         loss = self.balance * balance_loss(probs_TE, routing)
         return Routed(routing=routing, scores_TE=probs_TE, loss=loss, state_TS=state_TS)

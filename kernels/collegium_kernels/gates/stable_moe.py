@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, needed, zero
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm, needed, zero
 from collegium_kernels.gates.losses import counts
 from collegium_kernels.ragged import Routing, rectangular
-from collegium_kernels.steady import steady_map, steady_mm
+from collegium_kernels.steady import steady_map
 
 CARD = Card(title="StableMoE", source="arXiv 2204.08396", k="1", cost="E D, then 50 E")
 
@@ -45,7 +45,7 @@ class StableMoEGate(LinearGate):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         ids_T = needed(context.token_ids_T, "token_ids_T")
         scores_TE = self.logits(x_TD)
-        light_TE = steady_mm(self.embedding(ids_T), self.light_ES)
+        light_TE = fp32_mm(self.embedding(ids_T), self.light_ES)
         chosen_T1 = best(scores_TE if self.stage == 1 else light_TE, 1)[1]
         gate_T1 = steady_map(torch.sigmoid, scores_TE.gather(1, chosen_T1))
         routing = rectangular(chosen_T1, gate_T1, num_experts=self.num_experts)

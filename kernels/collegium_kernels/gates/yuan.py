@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, top_k
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm, top_k
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.steady import steady_mm
 
 CARD = Card(title="Yuan attention router", source="arXiv 2405.17976", k="2", cost="3 E D + 2 E^2")
 
@@ -19,7 +18,7 @@ class YuanGate(nn.Module):
         self.weight_qkv = nn.Parameter(torch.randn(3 * num_experts, width) / width**0.5)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        q_TE, k_TE, v_TE = steady_mm(x_TD.float(), self.weight_qkv.float()).chunk(3, dim=1)
+        q_TE, k_TE, v_TE = fp32_mm(x_TD, self.weight_qkv).chunk(3, dim=1)
         attention_TEE = (q_TE[:, :, None] * k_TE[:, None, :]).softmax(dim=2)
         probs_TE = (attention_TEE * v_TE[:, None, :]).sum(dim=2).softmax(dim=1)
         routing = top_k(probs_TE, self.k, renormalise=True)

@@ -83,6 +83,7 @@ def test_a_batch_from_upload_to_answers(client):
     assert done.status == "completed"
     assert done.request_counts.model_dump() == {"total": 5, "completed": 5, "failed": 0}
     assert done.error_file_id is None
+    assert 0 < done.usage.output_tokens < done.usage.total_tokens
     assert done.created_at <= done.in_progress_at <= done.finalizing_at <= done.completed_at
     assert {
         r["custom_id"]: r["response"]["body"]["choices"][0]["message"]["content"]
