@@ -4,9 +4,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_swagger import patch_fastapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import RedirectResponse, Response
 
 from orchestrator import reply_models as replies
 from orchestrator.batches.endpoints import BatchBody, BatchEndpoints
@@ -66,9 +68,32 @@ def mount(app: FastAPI, endpoints: Endpoints, batches: BatchEndpoints) -> None:
         openapi_extra={"security": [{"bearer": []}]},
     )
     _mount_batches(app, batches)
-    patch_fastapi(app)  # Swagger UI from the package, not from a CDN: /docs works offline
+    _show_docs(app)
     document = _document(app)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def _show_docs(app: FastAPI) -> None:
+    """Swagger UI from the package, not from a CDN: /docs works offline. Its addresses are relative, so that it works
+    behind whatever speaks TLS, or adds a prefix, before us."""
+
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url="swagger/swagger-ui-bundle.js",
+            swagger_css_url="swagger/swagger-ui.css",
+            swagger_favicon_url="swagger/favicon-32x32.png",
+            swagger_ui_parameters={"tryItOutEnabled": True, "persistAuthorization": True, "filter": True},
+        )
+
+    async def root() -> Response:
+        return RedirectResponse("docs")
+
+    # Before the package's own, which name the scheme and host that reached us.
+    app.add_api_route("/docs", docs, include_in_schema=False)
+    app.add_api_route("/", root, include_in_schema=False)
+    patch_fastapi(app)
 
 
 def _mount_batches(app: FastAPI, batches: BatchEndpoints) -> None:

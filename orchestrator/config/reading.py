@@ -1,5 +1,6 @@
 """The config file: bytes to a checked Config."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,61 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"Cannot read {path}: {exc.strerror}. 'collegium init' writes one that works.") from exc
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: no config of this service.")
-    return parse_config(_parse_yaml(raw, path), source=str(path))
+    data, lines = _parse_yaml(raw, path)
+    return parse_config(data, source=str(path), lines=lines)
 
 
-def parse_config(data: object, *, source: str = "config") -> Config:
-    """Check ``data``. Raises ConfigError with one line a mistake."""
+def parse_config(data: object, *, source: str = "config", lines: Mapping[str, int] | None = None) -> Config:
+    """Check ``data``. Raises ConfigError with one line a mistake, that says where it stands in the file where ``lines``
+    has the line of each key, by its path ("limits.queue")."""
     if data is None:
         raise ConfigError(f"{source} is empty. 'collegium init' writes one that works.")
     try:
         config = Config.model_validate(data)
     except ValidationError as exc:
-        raise _mistaken(source, [explain(error) for error in exc.errors()]) from exc
+        raise _mistaken(source, [explain(error) for error in exc.errors()], lines or {}) from exc
     if mistakes := list(contradictions(config)):
-        raise _mistaken(source, mistakes)
+        raise _mistaken(source, mistakes, lines or {})
     return config
 
 
-def _mistaken(source: str, mistakes: list[str]) -> ConfigError:
-    return ConfigError(f"{source} has {len(mistakes)} mistake(s):\n" + "\n".join(f"  {m}" for m in mistakes))
+def _mistaken(source: str, mistakes: list[str], lines: Mapping[str, int]) -> ConfigError:
+    told = "\n".join(f"  {_at(mistake, lines)}{mistake}" for mistake in mistakes)
+    return ConfigError(f"{source} has {len(mistakes)} mistake(s):\n{told}")
 
 
-def _parse_yaml(raw: bytes, path: Path) -> object:
+def _at(mistake: str, lines: Mapping[str, int]) -> str:
+    """The line of the key that ``mistake`` begins with, or of the nearest one around it."""
+    place = mistake.partition(":")[0]
+    while place and place not in lines:
+        place = place.rpartition(".")[0]
+    return f"line {lines[place]}: " if place else ""
+
+
+def _lines(node: yaml.Node | None, path: str, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """The line of each key below ``node``; of what aliases repeat, once."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    rows: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        rows = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        rows = [(str(i), value, value) for i, value in enumerate(node.value)]
+    for name, key, value in rows:
+        place = f"{path}.{name}" if path else name
+        yield place, key.start_mark.line + 1
+        yield from _lines(value, place, seen)
+
+
+def _parse_yaml(raw: bytes, path: Path) -> tuple[object, Mapping[str, int]]:
+    """What stands in it, and the line of each key."""
     try:
         loader = _Loader(raw.decode("utf-8-sig"))
         loader.name = path.name  # for the places it names in its errors
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        data = None if node is None else loader.construct_document(node)
+        return data, dict(_lines(node, "", set()))
     except RecursionError as exc:
         raise ConfigError(f"{path} is nested too deeply.") from exc
     except (yaml.YAMLError, ValueError) as exc:

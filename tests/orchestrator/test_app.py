@@ -24,6 +24,7 @@ def chat(served: Served, model: str = "one", **keys: Any) -> Any:
     return served.http.post("/v1/chat/completions", json={"model": model, "messages": ASK, **keys})
 
 
+@pytest.mark.filterwarnings("ignore:open_binary is deprecated")  # by the package that has Swagger's files
 def test_the_paths_of_the_contract() -> None:
     with serving(fake_config()) as served:
         paths = served.http.get("/openapi.json").json()["paths"]
@@ -44,6 +45,11 @@ def test_the_paths_of_the_contract() -> None:
         page = served.http.get("/docs").text
         assert "swagger" in page.lower()
         assert "https://" not in page  # works offline
+        assert "http://" not in page  # and behind a proxy that speaks TLS, or adds a prefix
+        for file in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"):
+            assert f'"swagger/{file}"' in page
+            assert served.http.get(f"/swagger/{file}").status_code == 200
+        assert served.http.get("/", follow_redirects=False).headers["location"] == "docs"
 
 
 def test_while_the_engines_load() -> None:

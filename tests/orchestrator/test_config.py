@@ -127,6 +127,30 @@ def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(sections
     assert "sk-a1" not in mistake
 
 
+def test_a_mistake_in_a_file_names_its_line(tmp_path: Path) -> None:
+    text = (
+        SAMPLE.replace("tags: [math]}", "tgas: [math]}")
+        .replace("model: some-model, ", "")
+        .replace("slots: 2", "slots: 0")
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert [line.split(": ")[:2] for line in caught.value.message.splitlines()[1:]] == [
+        ["  line 4", "engines.gpt.model"],
+        ["  line 7", "experts.tutor.tgas"],
+        ["  line 12", "residency.slots"],
+    ]
+    with pytest.raises(ConfigError, match=r"line 7: experts\.tutor\.engine: no engine 'smol'"):
+        load_config(write(tmp_path, SAMPLE.replace("tutor:      {engine: smollm2", "tutor:      {engine: smol")))
+
+
+def test_aliases_that_repeat_themselves_end(tmp_path: Path) -> None:
+    laughs = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    for text in (laughs, "engines: &e {a: *e}"):
+        with pytest.raises(ConfigError):
+            load_config(write(tmp_path, text))
+
+
 # Unknown keys, at each level
 
 
@@ -339,7 +363,7 @@ def test_a_mistake_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert caught.value.message == (
-        f"{path} has 1 mistake(s):\n  policies.default.topk: unknown key; did you mean 'top_k'?"
+        f"{path} has 1 mistake(s):\n  line 9: policies.default.topk: unknown key; did you mean 'top_k'?"
     )
 
 
