@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#33415c", "#e9a23b", "#2a9d8f", "#e76f51")
+MARKERS = ("*", "o", "x", "s", "+", "^", "v", "D")
+MOST_CALLS = 8
 
 
 def draw(reports: dict[str, Any], folder: Path) -> list[Path]:
@@ -15,7 +17,7 @@ def draw(reports: dict[str, Any], folder: Path) -> list[Path]:
 
     paths = []
     for case, report in reports.items():
-        figure = Figure(figsize=(13, 4), layout="constrained")
+        figure = Figure(figsize=(15, 4), layout="constrained")
         calls, parts, sure = figure.subplots(1, 3)
         _calls(calls, report)
         _parts(parts, report)
@@ -30,13 +32,13 @@ def _calls(axes: "Axes", report: dict[str, Any]) -> None:
     for (variant, stack), colour in zip(report["stacks"].items(), COLOURS, strict=False):
         points = sorted(stack["curve"])
         axes.plot(*zip(*[(c, 100 * s) for c, s in points], strict=True), color=colour, label=f"stack: {variant}")
-    for name, result in report["baselines"].items():
-        if result["mean_calls"] <= 8:
-            axes.scatter(result["mean_calls"], 100 * result["score"], color="#888", s=18, zorder=3)
-            axes.annotate(name, (result["mean_calls"], 100 * result["score"]), fontsize=6)
+    few = [(name, result) for name, result in report["baselines"].items() if result["mean_calls"] <= MOST_CALLS]
+    for (name, result), marker in zip(few, MARKERS, strict=False):
+        place = (result["mean_calls"], 100 * result["score"])
+        axes.scatter(*place, color="#555", s=22, marker=marker, zorder=3, label=name)
     axes.set_xlabel("mean calls a question")
     axes.set_ylabel("score in percent")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _parts(axes: "Axes", report: dict[str, Any]) -> None:
