@@ -35,6 +35,7 @@ class Options(BaseModel):
     max_connections: NonNegativeInt = Field(256, description="More calls wait their turn; 0 for no limit.")
     stream: bool = Field(True, description="False for an endpoint that cannot stream: each answer comes whole.")
     headers: dict[str, str] = {}
+    key_header: str = Field("Authorization", description="Where the key goes, there as 'Bearer KEY', elsewhere bare.")
     rename: dict[str, str] = Field({}, description="Body keys by another name, as {max_tokens: max_completion_tokens}.")
     extra_body: dict[str, Any] = Field({}, description="Put over the body; null takes a key out.")
     max_event_bytes: PositiveInt = 2**20
@@ -73,11 +74,17 @@ def key_headers(spec: EngineSpec, options: Options) -> dict[str, str]:
                 f"Engine '{spec.engine_id}': the environment variable {options.api_key_env} is not set; "
                 "put the endpoint's key in it, or leave api_key_env out."
             )
-        headers["Authorization"] = f"Bearer {key}"
+        headers |= key_header(options, key)
     for name, value in headers.items():
         if not (name.isascii() and value.isascii() and (name + value).isprintable()):
             raise ConfigError(f"Engine '{spec.engine_id}': header {name!r} has characters that HTTP does not allow.")
     return headers
+
+
+def key_header(options: Options, key: str) -> dict[str, str]:
+    """Azure, for one, wants it bare in ``api-key``."""
+    name = options.key_header
+    return {name: f"Bearer {key}" if name.lower() == "authorization" else key}
 
 
 def open_session(options: Options, headers: dict[str, str]) -> aiohttp.ClientSession:

@@ -16,7 +16,7 @@ import orjson
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from experts.endpoint import key_headers, open_session, read_options
+from experts.endpoint import Options, key_headers, open_session, read_options
 from experts.errors import BadRequest, CollegiumError, ExpertFailed
 from experts.sse import END, EventReader
 from experts.types import Chunk, ChunkStream, EngineSpec, ExpertSpec, Request
@@ -76,7 +76,7 @@ class OpenAIEngine:
             # What aiohttp says to a call whose session is closed under it.
             raise ExpertFailed(f"Expert '{expert.expert_id}': its engine was unloaded.") from exc
         except CollegiumError as exc:
-            _hide_keys(exc, session, self._options.headers)
+            _hide_keys(exc, session, self._options)
             raise
 
     def _body(self, request: Request) -> bytes:
@@ -218,11 +218,11 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return min(max(wait_s, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(wait_s) else None
 
 
-def _hide_keys(exc: CollegiumError, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> None:
+def _hide_keys(exc: CollegiumError, session: aiohttp.ClientSession, options: Options) -> None:
     """Endpoints like to repeat the key that they refuse. Some take it in a header of their own: a header's value that
     is as long as a key is taken for one."""
-    own = [value for value in headers.values() if len(value) >= _KEY_CHARS]
-    for key in (session.headers.get("Authorization", "").removeprefix("Bearer "), *own):
+    own = [value for value in options.headers.values() if len(value) >= _KEY_CHARS]
+    for key in (session.headers.get(options.key_header, "").removeprefix("Bearer "), *own):
         if key and key in exc.message:
             exc.message = exc.message.replace(key, "(the key)")
             exc.args = (exc.message,)

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from experts.endpoint import read_options
+from experts.endpoint import key_header, read_options
 from experts.errors import ConfigError
 from experts.models import list_models
 from orchestrator.build import build_service, make_encoder
@@ -113,7 +113,7 @@ async def _ask(session: aiohttp.ClientSession, name: str, engine: OpenAIConfig) 
         return Finding(check="endpoints", status="fail", message=exc.message, todo="correct the config")
     base = URL(engine.base_url)
     url = (base / "models").with_query(base.query)
-    headers = {**options.headers, **({"Authorization": f"Bearer {key}"} if key else {})}
+    headers = {**options.headers, **(key_header(options, key) if key else {})}
     try:
         async with session.get(url, headers=headers) as reply:
             body = await reply.json(content_type=None) if reply.status == HTTPStatus.OK else None

@@ -529,6 +529,17 @@ class TestKey:
             await read(await load(headers={"api-key": KEY, "x-team": "blue"}))
 
 
+    async def test_a_header_that_is_not_authorization(
+        self, upstream: Upstream, load: Load, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MY_KEY", KEY)
+        upstream.replies = [[response(f'{{"error": "wrong key {KEY}"}}'.encode(), "400 Bad Request")]]
+        with pytest.raises(BadRequest, match=r"wrong key \(the key\)"):
+            await read(await load(api_key_env="MY_KEY", key_header="api-key"))
+        assert f"\r\napi-key: {KEY}\r\n" in upstream.heads[0]
+        assert "Authorization" not in upstream.heads[0]
+
+
 class TestOptions:
     async def test_what_the_body_may_be_given(self, upstream: Upstream, load: Load) -> None:
         upstream.replies = [[STREAM_HEAD + part(STREAM) + LAST]]
