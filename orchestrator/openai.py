@@ -30,6 +30,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_portable)]
 Rows = Annotated[list[T], Field(max_length=16_384, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -126,7 +127,10 @@ class StreamOptions(Wire):
 _NOT_READ = "Accepted for compatibility; not read."
 _SENT_ON = "Sent on as it is; whether the expert's engine knows it is its own business."
 _MORE = frozenset(
-    ("top_k", "min_p", "repetition_penalty", "logit_bias", "reasoning_effort", "verbosity", "chat_template_kwargs")
+    (
+        *("top_k", "min_p", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
+        *("reasoning_effort", "verbosity", "chat_template_kwargs"),
+    )
 )
 """Keys of a body that are sent on."""
 
@@ -153,6 +157,9 @@ class Body(Wire):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description=_SENT_ON)
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description=_SENT_ON)
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(None, description=_SENT_ON)
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description=_SENT_ON)
+    ignore_eos: bool | None = Field(None, description=_SENT_ON)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = Field(None, description=_SENT_ON)
     collegium: Extension | None = None
 
     def params(self, limits: Limits, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

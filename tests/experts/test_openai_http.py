@@ -528,7 +528,6 @@ class TestKey:
         with pytest.raises(BadRequest, match=r"wrong key \(the key\) for blue"):
             await read(await load(headers={"api-key": KEY, "x-team": "blue"}))
 
-
     async def test_a_header_that_is_not_authorization(
         self, upstream: Upstream, load: Load, monkeypatch: pytest.MonkeyPatch
     ) -> None:

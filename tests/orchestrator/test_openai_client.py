@@ -195,6 +195,7 @@ def test_what_is_asked_reaches_the_engine() -> None:
 def test_what_only_some_engines_know_is_sent_on() -> None:
     seen: list[Request] = []
     more = {"top_k": 5, "min_p": 0.5, "repetition_penalty": 1.5, "chat_template_kwargs": {"enable_thinking": False}}
+    more |= {"min_tokens": 2, "ignore_eos": True, "stop_token_ids": [2, 3]}
     with serving(fake_config(), make=listening(seen)) as served, served.client() as client:
         client.chat.completions.create(
             model="one",
