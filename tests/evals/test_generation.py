@@ -123,6 +123,15 @@ def test_an_expert_that_fails_costs_its_answers_and_nothing_else(run, tmp_path):
     assert rows["policy"]["mean_calls"] == 1
 
 
+def test_a_run_in_which_nobody_answers_is_no_result(run, tmp_path):
+    """As of a pool that holds scores only: not a policy that scores 0."""
+    (tmp_path / "mute.yaml").write_text(CONFIG.replace("FAIL", "[refuse]").replace('4."', '4.", fail: [refuse]'))
+    result = run("-c", tmp_path / "mute.yaml")
+    assert result.exit_code == 1
+    assert "No expert answered any of 6 questions" in result.output
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_a_recorded_pool_can_be_routed_and_replayed(run, tmp_path):
     rows = [{**ROWS[i % 6], "id": f"q{i}", "question": f"Case {i}. {ROWS[i % 6]['question']}"} for i in range(30)]
     assert run("--record", tmp_path / "pool", rows=rows).exit_code == 0
@@ -189,6 +198,7 @@ def test_each_kind_of_question_has_its_scorer(row, kind):
         ({"id": "q0", "question": "?", "answer": "1"}, "row 2: the id 'q0' was given already"),
         ({"id": "1", "question": "?", "answer": "1", "options": "ab"}, "row 2: 'options' is a list"),
         ({"id": "1", "question": "?", "answer": "maybe", "options": ["yes", "no"]}, "neither a letter nor one"),
+        ({"id": "1", "question": "?", "answer": "C", "options": ["yes", "no"]}, "neither a letter nor one"),
     ],
 )
 def test_a_bad_row_is_named(file, row, why):
