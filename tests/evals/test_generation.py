@@ -357,6 +357,22 @@ async def test_nobody_is_chosen_on_the_questions_he_is_judged_by():
     assert rows["policy"].helps
 
 
+async def test_answers_that_ended_at_their_token_limit_are_counted():
+    """A low score may only mean that nobody was let speak out."""
+    ends = {"a": ["length", "stop"], "b": ["length", "length"]}
+    experts = {
+        e: [
+            Given(answer="4", score=1.0, completion=Completion(request_id="r", expert_id=e, text="4", finish_reason=f))
+            for f in reasons
+        ]
+        for e, reasons in ends.items()
+    }
+    outcome = Outcome(experts=experts, policy=experts["a"], sampled_expert="a", sampled=None)
+    request = lambda q: Request(prompt=q.text)  # noqa: E731
+    rows = {row.name: row.cut_off for row in await table(outcome, [question()] * 2, 0, Vote(), request)}
+    assert (rows["policy"], rows["a"], rows["b"], rows["majority of all"]) == (1, 1, 2, 0)
+
+
 @pytest.mark.parametrize("said", [("3", "4"), ("4", "3")])
 async def test_a_tie_of_the_majority_goes_to_the_best_and_not_by_lot(said):
     """Two experts that never agree: a majority that threw dice would be easier to beat than one of them alone."""
