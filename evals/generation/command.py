@@ -210,6 +210,11 @@ def _show(rows: "list[Row]") -> None:
         )
     console = make_console(stderr=False)
     console.print(table)
+    if cut_off := {row.name: row.cut_off for row in rows if row.note == "expert" and row.cut_off}:
+        counts = ", ".join(f"{name} {count}" for name, count in cut_off.items())
+        console.print(
+            f"cut off at their token limit: {counts}; see an expert's max_tokens", style="yellow", markup=False
+        )
     console.print(f"policy: {verdict(rows[0])}; " + "; ".join(f"{r.name}: {r.note}" for r in rows[1:6]), style="dim")
 
 

@@ -17,7 +17,8 @@ from routers.records import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """``difference`` is paired, to the best single expert. Costs are means of a question."""
+    """``difference`` is paired, to the best single expert. Costs are means of a question. ``cut_off`` counts answers
+    that ended at their token limit, perhaps before they said what they were to say."""
 
     name: str
     note: str
@@ -28,6 +29,7 @@ class Row:
     usd: float
     seconds: float
     failed: int
+    cut_off: int
 
     @property
     def helps(self) -> bool:
@@ -78,6 +80,7 @@ def _row(name: str, note: str, given: Sequence[Given], reference: Array, bootstr
         usd=float(np.mean([g.usd for g in given])),
         seconds=float(np.mean([g.seconds for g in given])),
         failed=sum(g.error is not None for g in given),
+        cut_off=sum(g.completion is not None and g.completion.finish_reason == "length" for g in given),
     )
 
 

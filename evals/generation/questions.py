@@ -131,7 +131,7 @@ def _gold(answer: str, options: Sequence[str], kind: str, place: str) -> str:
     if kind != "letter":
         return answer
     bare = answer.strip().strip("()")
-    if len(bare) == 1 and bare.isalpha():
+    if len(bare) == 1 and bare.isalpha() and (not options or ord(bare.upper()) - ord("A") < len(options)):
         return bare.upper()
     if answer not in options:
         raise ConfigError(f"{place}: the answer {answer!r} is neither a letter nor one of the options.")

@@ -65,6 +65,7 @@ def _row(row: Row) -> dict[str, Any]:
         "mean_usd": row.usd,
         "mean_call_s": row.seconds,
         "failed": row.failed,
+        "cut_off": row.cut_off,
     }
 
 
@@ -107,9 +108,9 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         f"Policy '{found['policy']}': router {found['router']}, aggregator {found['aggregator']}; "
         f"seed {found['seed']}, {found['loads']} engine loads, {found['wall_s']} s.\n"
         "Accuracy in percent; the difference is paired, to the best single expert. Seconds sum a question's calls as "
-        "they took when they were made.\n\n"
-        "| | accuracy | ci95 | difference | calls | tokens | USD | seconds | failed | |\n"
-        f"|{'---|' * 10}\n" + "".join(_line(row) for row in found["rows"])
+        "they took when they were made. Cut off are answers that ended at their token limit.\n\n"
+        "| | accuracy | ci95 | difference | calls | tokens | USD | seconds | failed | cut off | |\n"
+        f"|{'---|' * 11}\n" + "".join(_line(row) for row in found["rows"])
     )
 
 
@@ -119,7 +120,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return (
         f"| {row['name']} | {row['accuracy'] * 100:.1f} | {low * 100:.1f} to {high * 100:.1f} "
         f"| {row['difference']['value'] * 100:+.1f} | {row['mean_calls']:.2f} | {row['mean_tokens']:.0f} "
-        f"| {row['mean_usd']:.6f} | {row['mean_call_s']:.2f} | {row['failed']} | {note} |\n"
+        f"| {row['mean_usd']:.6f} | {row['mean_call_s']:.2f} | {row['failed']} | {row['cut_off']} "
+        f"| {note} |\n"
     )
 
 

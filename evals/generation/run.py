@@ -10,7 +10,7 @@ from evals.generation.questions import Question
 from evals.generation.remembering import Remembering
 from evals.generation.scorers import score
 from experts.base import collect
-from experts.errors import CollegiumError
+from experts.errors import CollegiumError, ConfigError
 from experts.types import Completion, Message, Request, SamplingParams
 from orchestrator.build import Service
 from orchestrator.resilience import failure_kind
@@ -99,6 +99,12 @@ class Evaluator:
                     found[expert_id] = await self._each(expert_id, asked)
             if len(self._service.engines) > 1:
                 await engine.unload()
+        if all(g.error for given in found.values() for g in given):
+            reasons = ", ".join(sorted({g.error for given in found.values() for g in given if g.error}))
+            raise ConfigError(
+                f"No expert answered any of {len(self.plan.questions)} questions ({reasons}). 'collegium doctor' looks "
+                "at engines; a recorded pool needs a 'text' or an 'answer' in its responses."
+            )
         return {e: found[e] for e in self._service.experts}
 
     async def _sample(self, expert_id: str, calls: int) -> list[list[Given]]:

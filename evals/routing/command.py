@@ -126,6 +126,7 @@ async def _run(
         progress.start("fitting routers", len(names), "bytes")
 
         def tell(name: str) -> None:
+            _make(out)  # all else was found right; not after the last fit
             progress.advance(1)
             console.print(f"[dim]{name}[/]")
 
@@ -141,6 +142,16 @@ async def _run(
     report.write(found, out)
     _show(evaluation, found)
     console.print(f"[dim]report.json, report.md and the plots are in {out}[/]")
+
+
+def _make(folder: Path) -> None:
+    """Raises ConfigError."""
+    from experts.errors import ConfigError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"Cannot write a report to {folder}: {exc.strerror or exc}. Choose another --out.") from exc
 
 
 async def _rewritten(console: "Console", evaluation: "Evaluation", encoder: "Encoder") -> Any:

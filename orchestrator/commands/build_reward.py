@@ -9,6 +9,9 @@ import typer
 if TYPE_CHECKING:
     from orchestrator.aggregators.reward_moe.artefact import Fitted
 
+ADVISED = 400
+"""Pairs, by docs/rewards.md of one category."""
+
 
 def reward(
     out: Annotated[Path, typer.Option(help="Folder for the fitted reward.")],
@@ -40,6 +43,13 @@ def reward(
         f"  aggregator: {{name: best_of, artefact: {out}}}",
         markup=False,
     )
+    if fitted.pairs < ADVISED:
+        console.print(
+            f"Warning: {fitted.pairs} pairs are few for a reward; find {ADVISED} or more, or take best_of without an "
+            "artefact, by agreement.",
+            style="yellow",
+            markup=False,
+        )
 
 
 async def _fit(

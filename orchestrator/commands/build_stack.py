@@ -15,7 +15,7 @@ def stack(
     pool: Annotated[Path, typer.Option(help="Folder of a recorded pool.")],
     out: Annotated[Path, typer.Option(help="Folder for the fitted stack.")],
     experts: Annotated[str | None, typer.Option(help="Experts of the pool, comma-separated; all by default.")] = None,
-    calls: Annotated[float, typer.Option(help="Mean number of calls that a question may cost.")] = 3.0,
+    calls: Annotated[float, typer.Option(min=1, help="Mean number of calls that a question may cost.")] = 3.0,
     train: Annotated[str, typer.Option(help="The splits to learn from, comma-separated.")] = "train,val",
     prior: Annotated[
         bool, typer.Option(help="Learn what the options alone give away; holds for questions of the same make.")

@@ -123,6 +123,15 @@ def test_an_expert_that_fails_costs_its_answers_and_nothing_else(run, tmp_path):
     assert rows["policy"]["mean_calls"] == 1
 
 
+def test_a_run_in_which_nobody_answers_is_no_result(run, tmp_path):
+    """As of a pool that holds scores only: not a policy that scores 0."""
+    (tmp_path / "mute.yaml").write_text(CONFIG.replace("FAIL", "[refuse]").replace('4."', '4.", fail: [refuse]'))
+    result = run("-c", tmp_path / "mute.yaml")
+    assert result.exit_code == 1
+    assert "No expert answered any of 6 questions" in result.output
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_a_recorded_pool_can_be_routed_and_replayed(run, tmp_path):
     rows = [{**ROWS[i % 6], "id": f"q{i}", "question": f"Case {i}. {ROWS[i % 6]['question']}"} for i in range(30)]
     assert run("--record", tmp_path / "pool", rows=rows).exit_code == 0
@@ -189,6 +198,7 @@ def test_each_kind_of_question_has_its_scorer(row, kind):
         ({"id": "q0", "question": "?", "answer": "1"}, "row 2: the id 'q0' was given already"),
         ({"id": "1", "question": "?", "answer": "1", "options": "ab"}, "row 2: 'options' is a list"),
         ({"id": "1", "question": "?", "answer": "maybe", "options": ["yes", "no"]}, "neither a letter nor one"),
+        ({"id": "1", "question": "?", "answer": "C", "options": ["yes", "no"]}, "neither a letter nor one"),
     ],
 )
 def test_a_bad_row_is_named(file, row, why):
@@ -345,6 +355,22 @@ async def test_nobody_is_chosen_on_the_questions_he_is_judged_by():
     assert rows["best single"].accuracy.value == 0.0
     assert rows["oracle"].accuracy.value == 1.0
     assert rows["policy"].helps
+
+
+async def test_answers_that_ended_at_their_token_limit_are_counted():
+    """A low score may only mean that nobody was let speak out."""
+    ends = {"a": ["length", "stop"], "b": ["length", "length"]}
+    experts = {
+        e: [
+            Given(answer="4", score=1.0, completion=Completion(request_id="r", expert_id=e, text="4", finish_reason=f))
+            for f in reasons
+        ]
+        for e, reasons in ends.items()
+    }
+    outcome = Outcome(experts=experts, policy=experts["a"], sampled_expert="a", sampled=None)
+    request = lambda q: Request(prompt=q.text)  # noqa: E731
+    rows = {row.name: row.cut_off for row in await table(outcome, [question()] * 2, 0, Vote(), request)}
+    assert (rows["policy"], rows["a"], rows["b"], rows["majority of all"]) == (1, 1, 2, 0)
 
 
 @pytest.mark.parametrize("said", [("3", "4"), ("4", "3")])

@@ -250,6 +250,17 @@ def test_an_expert_joins_a_fitted_router(run, make_pool, tmp_path):
     assert artefact.load(tmp_path / "five").model.predict(about).shape == (1, 5)
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_fitted(run, make_pool, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("evals.routing.bench._fit", lambda *_: pytest.fail("a fit may take minutes"))
+    found = run(
+        "eval", "routing", "--pool", make_pool(questions=40), "--router", "task", "--encoder", "wordllama",
+        "--out", tmp_path / "file" / "report",
+    )  # fmt: skip
+    assert found.exit_code == 1
+    assert "Choose another --out" in " ".join(found.output.split())
+
+
 def test_each_router_once_and_no_more_calls_than_experts(run, make_pool, tmp_path):
     found = run(
         "eval", "routing", "--pool", make_pool(questions=40), "--router", "task, task", "--encoder", "wordllama",

@@ -298,6 +298,9 @@ def test_too_few_questions_are_refused(planted: Recorded) -> None:
         fit_stack(planted, np.arange(5), Wish())
     with pytest.raises(ConfigError, match="no question says"):
         fit_stack(replace(planted, gold_Q=np.full_like(planted.gold_Q, -1)), np.arange(50), Wish())
+    mute = replace(planted.ballots, votes_QE=np.full_like(planted.ballots.votes_QE, -1))
+    with pytest.raises(ConfigError, match="no row in responses/ has an 'answer' that can be read"):
+        fit_stack(replace(planted, ballots=mute), np.arange(50), Wish())
 
 
 def test_sums_in_a_text_are_checked() -> None:

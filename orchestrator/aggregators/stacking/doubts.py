@@ -14,8 +14,14 @@ ADVISED = 500
 
 def doubts(fitted: Fitted, recorded: Recorded, rows: Array) -> Sequence[str]:
     """Sentences, none for a stack without reproach. ``rows`` are the questions that it was fitted on."""
-    rows, stack = usable(recorded, rows), fitted.stack
+    known, stack = usable(recorded, rows), fitted.stack
     found = []
+    if len(unknown := np.setdiff1d(rows, known)):
+        found.append(
+            f"{len(unknown)} of {len(rows)} questions were left out: their 'answer' is none of their options. The "
+            f"first is {recorded.records.question_ids[int(unknown[0])]!r}."
+        )
+    rows = known
     if len(rows) < ADVISED:
         found.append(
             f"{len(rows)} questions are few for a stack: its weights and its threshold ({stack.threshold:.2f}) are "

@@ -21,7 +21,7 @@ from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
 from routers.records import Array, Records, read_records
 
-_FORMAT = 3
+_FORMAT = 4
 """Of the cached features; another one is read anew."""
 _WORDED = ("grams", "asked")
 MAX_OPTIONS = 26
@@ -166,8 +166,8 @@ def _place(answer: str | None, options: Sequence[str], said: dict[str, int]) -> 
 
 
 def letter_place(answer: str, options: Sequence[str]) -> int:
-    """-1 where ``answer`` is neither the letter nor the wording of an option."""
-    letter = answer.strip().upper()
+    """-1 where ``answer`` is neither the letter, in brackets or not, nor the wording of an option."""
+    letter = answer.strip().strip("()").upper()
     if len(letter) == 1 and 0 <= ord(letter) - ord("A") < len(options):
         return ord(letter) - ord("A")
     return options.index(answer) if answer in options else -1
@@ -181,10 +181,16 @@ def _gold(row: Mapping[str, Any], options: Sequence[str], votes_E: Array, scores
 
 
 def usable(recorded: Recorded, rows: Array) -> Array:
-    """``rows`` whose right answer is known. Raises ConfigError when none is left."""
+    """``rows`` whose right answer is known. Raises ConfigError when none is left, and where nobody's answers can be
+    read."""
     kept: Array = rows[recorded.gold_Q[rows] >= 0]
     if not len(kept):
         raise ConfigError(f"Pool '{recorded.records.name}': no question says which of its options is right.")
+    if (recorded.ballots.votes_QE[kept] < 0).all():
+        raise ConfigError(
+            f"Pool '{recorded.records.name}': no row in responses/ has an 'answer' that can be read, and a stack "
+            "weighs answers."
+        )
     return kept
 
 

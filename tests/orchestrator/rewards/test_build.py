@@ -141,6 +141,7 @@ def test_the_command_writes_what_can_be_loaded(tmp_path, monkeypatch):
     fitted = artefact.load(tmp_path / "out")
     assert (fitted.kind, fitted.encoder, fitted.sources[0].name) == ("single", "wordllama", "nice")
     assert len(fitted.sources[0].digest) == 64
+    assert f"Warning: {fitted.pairs} pairs are few for a reward" in " ".join(result.output.split())
 
 
 def test_the_command_says_what_is_missing(tmp_path):
