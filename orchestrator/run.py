@@ -111,7 +111,8 @@ class Ledger:
             if not self._runs:
                 self._idle.set()
             if run.request.priority == "online":  # a batch tells of its lines itself; they would flood the rest
-                self._tell(lambda observer: observer.ended(run))
+                # Once the answer is on its way: it need not wait for those who only keep and count.
+                asyncio.get_running_loop().call_soon(self._tell, lambda observer: observer.ended(run))
 
     def note_route(self, run: Run) -> None:
         run.routed_s = time.monotonic()

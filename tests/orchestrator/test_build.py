@@ -1,3 +1,4 @@
+import asyncio
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -101,6 +102,7 @@ async def test_observers_and_engines_are_handed_in() -> None:
     assert service.engines["e"] is given
     assert [spec.engine_id for spec in made] == ["f"]
     assert await ask(service) == "given"
+    await asyncio.sleep(0)  # observers hear of an end once the answer is on its way
     assert len(counter.ended_runs) == 1
 
 

@@ -124,6 +124,11 @@ async def stream(built: House, run: Run) -> list[Chunk]:
         return [chunk async for chunk in chunks]
 
 
+async def told() -> None:
+    """Observers hear of an end once the answer is on its way."""
+    await asyncio.sleep(0)
+
+
 def text(chunks: Sequence[Chunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
 
@@ -146,6 +151,7 @@ async def test_observers_hear_of_the_route_each_call_and_the_end() -> None:
     built = house({"fail": ["error"]}, {}, usd_per_mtok_out=1e6)
     run = built.run()
     await stream(built, run)
+    await told()
     diary = built.diary
     assert (diary.routes, diary.ends) == ([run], [run])
     assert [(c.expert_id, c.error) for c in diary.calls] == [("a", "expert_failed"), ("b", None)]
@@ -381,6 +387,7 @@ def test_a_deadline_ends_everything(
         with pytest.raises(DeadlineExceeded, match="its 3 s"):
             await (built.orchestrator.complete(run) if whole else stream(built, run))
         assert time.monotonic() == 1003.0
+        await told()
         assert (run.error, run.latency_s, built.diary.ends) == ("deadline_exceeded", 3.0, [run])
         assert "cancelled" in {c.error for c in run.calls}
         assert built.is_idle()
@@ -520,6 +527,7 @@ async def test_a_request_id_in_use_is_refused_and_the_first_run_goes_on() -> Non
             await stream(built, built.run(request_id="same"))
         async for _ in chunks:
             pass
+    await told()
     assert (run.error, len(run.calls), built.diary.ends) == (None, 1, [run])
     assert built.is_idle()
     assert await stream(built, built.run(request_id="same"))
@@ -554,6 +562,7 @@ async def test_an_observer_that_raises_harms_nobody(caplog: pytest.LogCaptureFix
     built.ledger._observers = (Broken(), built.diary)
     run = built.run()
     assert text(await stream(built, run)) == "a heard: ?"
+    await told()
     assert (run.error, built.diary.ends, len(built.diary.calls)) == (None, [run], 1)
     assert [r.getMessage() for r in caplog.records] == ["observer Broken failed"] * 3
 
