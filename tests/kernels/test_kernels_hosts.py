@@ -192,6 +192,30 @@ def test_routing_policies_of_the_plugin() -> None:
     assert weights_of(raw) == [[0.6, 0, 0], [0.4, 0.35, 0]]
 
 
+GATE = """
+from collegium_kernels.ragged import from_topk
+
+def half_or_nobody(logits_TE, k):
+    probs_TE = logits_TE.float().softmax(dim=1)
+    weights_TK, ids_TK = probs_TE.topk(k, dim=1)
+    return from_topk(ids_TK.masked_fill(weights_TK < 0.5, -1), weights_TK, num_experts=probs_TE.shape[1])
+"""
+
+
+def test_a_gate_of_ones_own_is_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "my_gates-1.0.dist-info"
+    about.mkdir()
+    (tmp_path / "my_gates.py").write_text(GATE)
+    (about / "METADATA").write_text("Name: my-gates\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[collegium_kernels.routings]\nhalf = my_gates:half_or_nobody\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.35, 0.25]]).log()
+    found = route(logits, RoutingPolicy(kind="half"), k=2, renormalise=True)
+    assert weights_of(found) == [[0.6, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="'my_gates:half_or_nobody' is not one of top_k, top_p, half"):
+        RoutingPolicy(kind="my_gates:half_or_nobody")
+
+
 @pytest.mark.parametrize(("options", "words"), [({"kind": "top_q"}, "top_q"), ({"p": 0.0}, "p is 0.0")])
 def test_wrong_policies_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
