@@ -10,9 +10,8 @@ from evals.routing.baselines import Baseline, baselines
 from evals.routing.calibration import Calibration, calibrate
 from evals.routing.curves import PairCurve, cost_curve, pair_curve
 from evals.routing.setting import Setting
-from evals.routing.stacked import Stacking
 from evals.routing.statistics import Bootstrap, Estimate
-from evals.routing.votes import Outcome, aggregator_for, ask
+from evals.routing.votes import Combiner, Outcome, aggregator_for, ask
 from routers.learned import MODELS, PROBABILITIES
 from routers.learned.artefact import model_class
 from routers.learned.base import Model
@@ -80,16 +79,16 @@ async def evaluate(
     *,
     top_ks: Sequence[int],
     aggregator: str,
-    stacking: Stacking | None = None,
+    combiner: Combiner | None = None,
     on_router: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Each router is fitted once, whatever is asked of it: ``top_ks`` is policy. ``aggregator`` is for more than one;
-    a fitted ``stacking`` takes its place where there is one.
+    a ``combiner`` takes its place where there is one.
 
     Raises ConfigError for a router or an aggregator that does not exist or cannot be used with this pool.
     """
     makers = [(name, model_class(name)) for name in routers]
-    if max(top_ks) > 1 and stacking is None:
+    if max(top_ks) > 1 and combiner is None:
         aggregator_for(aggregator, setting)
     bootstrap = Bootstrap(len(setting.test), setting.seed)
     found = await baselines(setting, max(top_ks))
@@ -99,8 +98,8 @@ async def evaluate(
         fitted = _fit(name, maker, setting)
         for top_k in top_ks:
             own = aggregator if top_k > 1 else "first"
-            if stacking is not None and top_k > 1:
-                outcome = stacking.ask(fitted.predicted, top_k)
+            if combiner is not None and top_k > 1:
+                outcome = await combiner.ask(fitted.predicted, top_k)
             else:
                 outcome = await ask(fitted.predicted, setting, aggregator_for(own, setting), top_k)
             results.append(_result(fitted, outcome, own, top_k, found, bootstrap))

@@ -11,8 +11,8 @@ import orjson
 
 from evals.routing.setting import Setting
 from evals.routing.statistics import Bootstrap, Estimate
-from evals.routing.votes import Outcome, recorded_completion
-from experts.types import Completion, Request
+from evals.routing.votes import Outcome, Recorded
+from experts.types import Completion
 from orchestrator.aggregators.base import Aggregator
 from orchestrator.build import make_aggregator
 from orchestrator.config import AggregatorConfig
@@ -49,13 +49,12 @@ async def _follow(
     records, ids = setting.records, setting.records.expert_ids
     scores = dict(zip(ids, map(float, predicted_E), strict=True))
     decision = decide(scores, reason="", router="cascade").top(most)
-    request = Request(
-        request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": setting.seed}
-    )
+    recorded = Recorded(setting)
+    request = recorded.request(question)
     answers: list[Completion] = []
     asked = [ids.index(e) for e in decision.expert_ids]
     for place, expert in enumerate(asked):
-        answers.append(recorded_completion(question, expert, setting))
+        answers.append(recorded.completion(question, expert))
         if await aggregator.settled(request, decision, answers, decision.expert_ids[place + 1 :]):
             break
     winner = await aggregator.aggregate(request, decision, answers)

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from evals.routing.bench import Evaluation
+    from evals.routing.judged import Judging
     from evals.routing.setting import Setting
     from evals.routing.stacked import Stacking
+    from evals.routing.votes import Combiner
     from routers.encoders import Encoder
 
 Pool = Annotated[Path, typer.Option("--pool", help="Folder of a recorded pool.")]
@@ -23,6 +25,9 @@ MaxCalls = Annotated[int | None, typer.Option(min=1, help="Never more calls than
 AggregatorName = Annotated[str, typer.Option("--aggregator", help="What combines answers where top-k is above 1.")]
 StackCalls = Annotated[
     float | None, typer.Option(min=1, help="Mean calls that '--aggregator stack' may make; top-k by default.")
+]
+Artefact = Annotated[
+    Path | None, typer.Option(help="The reward of '--aggregator best_of'; without one, the answers' agreement.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Results repeat by seed, bit for bit, but for the times.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.json, report.md and the plots.")]
@@ -41,6 +46,7 @@ def routing(
     max_calls: MaxCalls = None,
     aggregator: AggregatorName = "weighted_vote",
     stack_calls: StackCalls = None,
+    artefact: Artefact = None,
     seed: Seed = 0,
     out: Out = Path("routing-report"),
     encoder: Model = "all-minilm-l6-v2",
@@ -53,8 +59,9 @@ def routing(
     """
     from orchestrator.commands.screen import make_console
 
-    if stack_calls is not None and aggregator != "stack":
-        raise typer.BadParameter("only '--aggregator stack' heeds it.", param_hint="--stack-calls")
+    for option, value, heeds in (("stack-calls", stack_calls, "stack"), ("artefact", artefact, "best_of")):
+        if value is not None and aggregator != heeds:
+            raise typer.BadParameter(f"only '--aggregator {heeds}' heeds it.", param_hint=f"--{option}")
     calls = _calls(top_k, max_calls)
     if max(calls) == 1 and aggregator not in ("first", "weighted_vote"):
         raise typer.BadParameter(
@@ -73,6 +80,7 @@ def routing(
             calls,
             aggregator,
             stack_calls,
+            artefact,
             seed,
             out,
             encoder,
@@ -104,6 +112,7 @@ async def _run(
     top_ks: list[int],
     aggregator: str,
     stack_calls: float | None,
+    artefact: Path | None,
     seed: int,
     out: Path,
     encoder_name: str,
@@ -121,7 +130,11 @@ async def _run(
     encoder = make_encoder(encoder_name, 1)
     setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
     top_ks = sorted({min(k, len(setting.records.experts)) for k in top_ks})
-    stacking = _fit_stack(console, pool, setting, stack_calls) if aggregator == "stack" and max(top_ks) > 1 else None
+    combiner: Combiner | None = None
+    if aggregator == "stack" and max(top_ks) > 1:
+        combiner = _fit_stack(console, pool, setting, stack_calls)
+    if aggregator == "best_of" and max(top_ks) > 1:
+        combiner = _read_texts(console, pool, setting, artefact, encoder)
     with bars(console) as progress:
         progress.start("fitting routers", len(names), "bytes")
 
@@ -131,7 +144,7 @@ async def _run(
             console.print(f"[dim]{name}[/]")
 
         evaluation = await evaluate(
-            setting, names, top_ks=top_ks, aggregator=aggregator, stacking=stacking, on_router=tell
+            setting, names, top_ks=top_ks, aggregator=aggregator, combiner=combiner, on_router=tell
         )
     found = report.as_json(evaluation, await encode_times_ms(encoder, setting))
     if is_robust:
@@ -195,6 +208,18 @@ def _fit_stack(console: "Console", pool: Path, setting: "Setting", calls: float 
     with bars(console) as progress:
         progress.start("fitting the stack", None, "bytes")
         return Stacking.fit(pool, setting, calls)
+
+
+def _read_texts(
+    console: "Console", pool: Path, setting: "Setting", artefact: Path | None, encoder: "Encoder"
+) -> "Judging":
+    from evals.routing.judged import Judging, Texts
+    from orchestrator.commands.screen import bars
+
+    with bars(console) as progress:
+        progress.start("reading texts", len(setting.records.expert_ids), "bytes")
+        texts = Texts.read(pool, setting, on_expert=lambda: progress.advance(1))
+    return Judging.make(artefact, encoder, texts)
 
 
 async def load(

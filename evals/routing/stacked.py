@@ -51,7 +51,7 @@ class Stacking:
             cost_QE=setting.cost_QE[setting.test],
         )
 
-    def ask(self, predicted_QE: Array, top_k: int) -> Outcome:
+    async def ask(self, predicted_QE: Array, top_k: int) -> Outcome:
         """At most ``top_k`` of the best-scored experts."""
         order_QK = np.argsort(-predicted_QE, axis=1, kind="stable")[:, :top_k]
         heard = [self._hear(order_QK[:, : place + 1]) for place in range(order_QK.shape[1])]

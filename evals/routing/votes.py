@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from routers.records import Array
 from routers.static import WordLlama
 
 VOTES = ("vote", "weighted_vote")
-READERS = ("best_of", "fuse", "general_expert", "pick_aggregator", "debate")
+ASKERS = ("fuse", "general_expert", "pick_aggregator", "debate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +31,10 @@ class Outcome:
 
 def aggregator_for(name: str, setting: Setting) -> Aggregator:
     """Answers are recorded as they were parsed, so votes compare them as they are. Raises ConfigError."""
-    if name in READERS:
+    if name in ASKERS:
         raise ConfigError(
-            f"Aggregator '{name}' reads whole texts or asks an expert, and this benchmark has answers as they were "
-            "parsed. Use 'collegium eval run --pool DIR -c FILE' with a policy that has it."
+            f"Aggregator '{name}' asks an expert itself, and nobody is asked here. Use 'collegium eval run --pool DIR "
+            "-c FILE' with a policy that has it."
         )
     if name in VOTES:
         check_answered(setting)
@@ -61,14 +62,31 @@ def take_first(predicted_QE: Array, setting: Setting) -> Outcome:
     )
 
 
-async def ask(predicted_QE: Array, setting: Setting, aggregator: Aggregator, top_k: int) -> Outcome:
-    """The ``top_k`` best-scored experts of each question, through the aggregator."""
+class Source(Protocol):
+    """What is asked and answered; questions and experts by number."""
+
+    def request(self, question: int) -> Request: ...
+
+    def completion(self, question: int, expert: int) -> Completion: ...
+
+
+class Combiner(Protocol):
+    """What stands in for an aggregator that takes more than answers as they were parsed."""
+
+    async def ask(self, predicted_QE: Array, top_k: int) -> Outcome: ...
+
+
+async def ask(
+    predicted_QE: Array, setting: Setting, aggregator: Aggregator, top_k: int, source: Source | None = None
+) -> Outcome:
+    """The ``top_k`` best-scored experts of each question, through the aggregator; ``source``: as parsed by default."""
+    source = source or Recorded(setting)
     top_k = min(top_k, predicted_QE.shape[1])
     if aggregator.takes_one or top_k == 1:
         return take_first(predicted_QE, setting)
     ranked = np.argsort(-predicted_QE, axis=1, kind="stable")[:, :top_k]
     found = [
-        await _answer(int(q), row, predicted_QE[i], setting, aggregator)
+        await _answer(int(q), row, predicted_QE[i], setting, aggregator, source)
         for i, (q, row) in enumerate(zip(setting.test, ranked, strict=True))
     ]
     scores, calls = (np.array(column) for column in zip(*found, strict=True))
@@ -78,7 +96,7 @@ async def ask(predicted_QE: Array, setting: Setting, aggregator: Aggregator, top
 
 
 async def _answer(
-    question: int, ranked: Array, predicted: Array, setting: Setting, aggregator: Aggregator
+    question: int, ranked: Array, predicted: Array, setting: Setting, aggregator: Aggregator, source: Source
 ) -> tuple[float, int]:
     """The score of the answer, and how many calls it took: best-ranked first, until the rest cannot change it."""
     records = setting.records
@@ -87,26 +105,36 @@ async def _answer(
         expert_ids=(), weights=(), scores=dict(zip(ids, map(float, predicted), strict=True)), reason="", router=""
     )
     decision = candidates.top(len(ranked))
-    request = Request(
-        request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": setting.seed}
-    )
+    request = source.request(question)
     completions: list[Completion] = []
     for place, expert in enumerate(ranked, 1):
-        completions.append(recorded_completion(question, int(expert), setting))
+        completions.append(source.completion(question, int(expert)))
         if await aggregator.settled(request, decision, completions, [ids[int(e)] for e in ranked[place:]]):
             break
     winner = await aggregator.aggregate(request, decision, completions)
     return float(records.scores_QE[question, ids.index(winner.expert_id)]), len(completions)
 
 
-def recorded_completion(question: int, expert: int, setting: Setting) -> Completion:
-    records = setting.records
-    code = int(records.answers_QE[question, expert])
-    return Completion(
-        request_id=records.question_ids[question],
-        expert_id=records.expert_ids[expert],
-        text=records.answer_texts[code] if code >= 0 else "",
-    )
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Questions without their options, and answers as they were parsed."""
+
+    setting: Setting
+
+    def request(self, question: int) -> Request:
+        records, seed = self.setting.records, self.setting.seed
+        return Request(
+            request_id=records.question_ids[question], prompt=records.texts[question], metadata={"route_seed": seed}
+        )
+
+    def completion(self, question: int, expert: int) -> Completion:
+        records = self.setting.records
+        code = int(records.answers_QE[question, expert])
+        return Completion(
+            request_id=records.question_ids[question],
+            expert_id=records.expert_ids[expert],
+            text=records.answer_texts[code] if code >= 0 else "",
+        )
 
 
 def fixed(order: Sequence[int], setting: Setting) -> Array:

@@ -9,11 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from evals.routing.bench import evaluate
+from evals.routing.judged import Judging, Texts
 from evals.routing.report import as_json, as_markdown
 from evals.routing.setting import make_setting
 from evals.routing.stacked import Stacking
 from evals.routing.votes import ask, take_first
 from experts.errors import ConfigError
+from experts.pools import read_rows
 from experts.types import ExpertSpec, Request
 from orchestrator.cli import app
 from routers.base import RouterParts
@@ -22,6 +24,7 @@ from routers.learned.router import linear
 from routers.questions import Questions
 from routers.records import read_records
 from routers.static import WordLlama
+from tests.conftest import write_rows
 from tests.orchestrator.served import serving
 
 RESULT_KEYS = {
@@ -165,7 +168,9 @@ def test_the_command_writes_a_report_and_plots(run, make_pool, tmp_path):
         (["--stack-calls", "2"], 2, "--stack-calls"),
         (["--aggregator", "stack", "--stack-calls", "2"], 2, "combines answers"),
         (["--aggregator", "vote", "--top-k", "3", "--max-calls", "1"], 2, "combines answers"),
-        (["--aggregator", "best_of", "--top-k", "2"], 1, "reads whole texts"),
+        (["--aggregator", "fuse", "--top-k", "2"], 1, "asks an expert itself"),
+        (["--aggregator", "best_of", "--top-k", "2"], 1, "has no 'text' in responses/"),
+        (["--artefact", "reward", "--top-k", "2"], 2, "only '--aggregator best_of' heeds it"),
         (["--router", ","], 1, "names no router"),
         (["--experts", ","], 1, "at least one: none given"),
         (["--train", "test"], 1, "to be learned from and tested on"),
@@ -361,15 +366,56 @@ async def stacking_of(folder, cache, **options):
 async def test_the_stack_hears_the_routers_experts_and_nobody_else(make_pool, cache):
     setting, stacking = await stacking_of(make_pool(questions=240, other=0.1), cache)
     predicted = np.tile([0.9, 0.8, 0.2, 0.1], (len(setting.test), 1))
-    one, two = (stacking.ask(predicted, k) for k in (1, 2))
+    one, two = [await stacking.ask(predicted, k) for k in (1, 2)]
     assert (one.scores == take_first(predicted, setting).scores).all()
     assert (one.costs == take_first(predicted, setting).costs).all()
     assert 1 < two.calls.mean() <= 2
-    assert replace(stacking, calls=1.0).ask(predicted, 2).calls.mean() == 1
+    assert (await replace(stacking, calls=1.0).ask(predicted, 2)).calls.mean() == 1
     assert ((two.scores == setting.scores_QE[:, 0]) | (two.scores == setting.scores_QE[:, 1])).all()
     assert two.scores.mean() > one.scores.mean() + 0.05, "two experts know two skills, and it knows which"
     stacking.ballots.votes_QE[:, 2:] = 0
-    assert (stacking.ask(predicted, 2).scores == two.scores).all()
+    assert ((await stacking.ask(predicted, 2)).scores == two.scores).all()
+
+
+class Longest:
+    """Likes long answers, which are the right ones here."""
+
+    name, takes_one = "longest", False
+
+    async def settled(self, request, decision, completions, pending):
+        return not pending
+
+    async def aggregate(self, request, decision, completions):
+        assert "A. a\nB. b\nC. c\nD. d" in request.question, "as 'collegium eval run' asks"
+        return max(completions, key=lambda c: len(c.text))
+
+
+@pytest.fixture
+def texts_pool(make_pool):
+    """Right answers are longer."""
+    folder = make_pool(questions=240)
+    for path in (folder / "responses").iterdir():
+        rows = [row for _, row in read_rows(path)]
+        texts = [f"{'So it is. ' * int(10 * row['score'])}The answer is {row['answer']}." for row in rows]
+        write_rows(path, [{**row, "text": text} for row, text in zip(rows, texts, strict=True)])
+    return folder
+
+
+async def test_best_of_reads_the_recorded_texts(texts_pool, cache):
+    setting = await setting_of(texts_pool, cache)
+    predicted = np.tile([0.9, 0.1, 0.8, 0.2], (len(setting.test), 1))
+    judging = Judging(aggregator=Longest(), texts=Texts.read(texts_pool, setting))
+    outcome = await judging.ask(predicted, 2)
+    assert (outcome.scores == setting.scores_QE[:, [0, 2]].max(axis=1)).all()
+    assert (outcome.calls == 2).all()
+
+
+def test_best_of_on_the_command_line(texts_pool, run, tmp_path):
+    words = ["--encoder", "wordllama", "--router", "task", "--top-k", "2", "--aggregator", "best_of"]
+    found = run("eval", "routing", "--pool", texts_pool, "--out", tmp_path / "o", *words)
+    assert found.exit_code == 0, found.output
+    (result,) = json.loads((tmp_path / "o" / "report.json").read_text())["results"]
+    assert (result["aggregator"], result["mean_calls"]) == ("best_of", 2)
 
 
 async def test_the_stack_learns_from_train_alone(make_pool, cache):
