@@ -149,6 +149,7 @@ def _join(chunks: list[Chunk], request_id: str, usage: Usage, ttft_s: float, lat
             expert_id=expert_id,
             text=well_formed("".join([c.text for c in chunks])),
             reasoning=well_formed("".join([c.reasoning for c in chunks])),
+            refused=any(c.refused for c in chunks),
             index=chunks[0].index,
             tool_calls=_join_tool_calls(chunks),
             logprobs=_join_logprobs(chunks),

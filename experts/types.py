@@ -111,7 +111,8 @@ class Usage:
 class Chunk:
     """A piece of one streamed choice. Not frozen: one is made per token, and freezing doubles its cost.
 
-    ``reasoning`` is what a reasoning model says before its answer, where its engine tells the two apart.
+    ``reasoning`` is what a reasoning model says before its answer, where its engine tells the two apart; ``refused``
+    that the text is the model's refusal, where its engine says so.
 
     ``finish_reason`` ends choice ``index``: a stream without one for each of its request's ``n`` choices was cut.
     ``usage`` comes once, on the stream's last chunk, if the engine tells it at all. ``more`` says that the next chunk
@@ -121,6 +122,7 @@ class Chunk:
     expert_id: str
     text: str = ""
     reasoning: str = ""
+    refused: bool = False
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None
@@ -142,6 +144,7 @@ class Completion:
     expert_id: str
     text: str
     reasoning: str = ""
+    refused: bool = False
     index: int = 0
     tool_calls: tuple[JSON, ...] = ()
     logprobs: JSON | None = None

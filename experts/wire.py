@@ -80,7 +80,8 @@ def read_event(event: Mapping[str, Any], expert: ExpertSpec) -> list[Chunk]:
 
 def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
     said = choice.get("delta") or choice.get("message") or choice
-    text = said.get("content") or said.get("text") or said.get("refusal")
+    told = said.get("content") or said.get("text")
+    text = told or said.get("refusal")
     tool_calls = said.get("tool_calls")
     reasoning = said.get("reasoning_content") or said.get("reasoning")
     reason = choice.get("finish_reason")
@@ -94,6 +95,7 @@ def _read_choice(choice: Mapping[str, Any], expert_id: str) -> Chunk | None:
         expert_id=expert_id,
         text=text or "",
         reasoning=reasoning if isinstance(reasoning, str) else "",
+        refused=bool(text) and not told,
         index=choice.get("index") or 0,
         tool_calls=_tool_calls(tool_calls, whole="message" in choice) if tool_calls else (),
         logprobs=choice.get("logprobs"),

@@ -78,7 +78,7 @@ class ChatMessage(Wire):
     name: str | None = None
     tool_calls: Rows[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(None, description=_SENT_BACK)
+    refusal: str | None = Field(None, description="Read where there is no content.")
     annotations: list[Any] | None = Field(None, max_length=16_384, description=_SENT_BACK)
     audio: None = Field(None, description=_SENT_BACK)
     function_call: None = Field(None, description=_SENT_BACK)
@@ -89,7 +89,7 @@ class ChatMessage(Wire):
     def _complete(self) -> "ChatMessage":
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message of role 'tool' needs tool_call_id")
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError(f"a message of role '{self.role}' needs content")
         return self
 
@@ -97,7 +97,7 @@ class ChatMessage(Wire):
         content = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
         return Message(
             role=self.role,
-            content=content,
+            content=self.refusal if content is None else content,
             name=self.name,
             tool_calls=tuple(c.model_dump() for c in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,

@@ -147,6 +147,7 @@ def _as_chunk(answer: Completion) -> Chunk:
         expert_id=answer.expert_id,
         text=answer.text,
         reasoning=answer.reasoning,
+        refused=answer.refused,
         tool_calls=tuple({"index": i, **call} for i, call in enumerate(answer.tool_calls)),
         logprobs=answer.logprobs,
         finish_reason=answer.finish_reason,

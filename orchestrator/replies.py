@@ -126,6 +126,8 @@ class ChatFormat:
         message: JsonObject = {"role": "assistant", "content": completion.text or None, "refusal": None}
         if completion.tool_calls:
             message["tool_calls"] = completion.tool_calls
+        elif completion.refused:
+            message |= {"content": None, "refusal": completion.text}
         else:
             message["content"] = completion.text
         if completion.reasoning:
@@ -140,7 +142,9 @@ class ChatFormat:
     @staticmethod
     def delta(chunk: Chunk, *, first: bool) -> JsonObject:
         delta: JsonObject = {"role": "assistant"} if first else {}
-        if chunk.text or first:
+        if chunk.refused:
+            delta["refusal"] = chunk.text
+        elif chunk.text or first:
             delta["content"] = chunk.text
         if chunk.reasoning:
             delta["reasoning_content"] = chunk.reasoning

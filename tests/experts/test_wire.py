@@ -75,7 +75,7 @@ class TestEvents:
         [
             (choice(delta={"content": "hi"}), Chunk(expert_id="tutor", text="hi")),
             (choice(text="hi"), Chunk(expert_id="tutor", text="hi")),
-            (choice(delta={"refusal": "no"}), Chunk(expert_id="tutor", text="no")),
+            (choice(delta={"refusal": "no"}), Chunk(expert_id="tutor", text="no", refused=True)),
             (choice(delta={"reasoning_content": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
             (choice(delta={"reasoning": "hm"}), Chunk(expert_id="tutor", reasoning="hm")),
             (choice(delta={"reasoning": [{"no": "text"}]}), Chunk(expert_id="tutor")),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from pydantic import BaseModel
 
 from experts.fake import FakeEngine
 from experts.types import Chunk, ChunkStream, EngineSpec, ExpertSpec, Request
@@ -229,6 +230,26 @@ def test_reasoning_stands_beside_the_answer(model: str) -> None:
     assert (message.content, message.model_extra) == ("42", {"reasoning_content": "so what"})
     assert "".join(d.content or "" for d in deltas) == "42"
     assert "".join((d.model_extra or {}).get("reasoning_content", "") for d in deltas) == "so what"
+
+
+class Refusing(FakeEngine):
+    async def generate(self, request: Request, expert: ExpertSpec) -> ChunkStream:
+        yield Chunk(expert_id=expert.expert_id, text="I will ", refused=True)
+        yield Chunk(expert_id=expert.expert_id, text="not.", refused=True, finish_reason="stop")
+
+
+class Colour(BaseModel):
+    name: str
+
+
+def test_a_refusal_is_no_content_and_can_be_sent_back() -> None:
+    with serving(fake_config(), make=Refusing) as served, served.client() as client:
+        message = client.chat.completions.parse(model="one", messages=ASK, response_format=Colour).choices[0].message
+        assert (message.content, message.refusal, message.parsed) == (None, "I will not.", None)
+        back = [*ASK, {"role": "assistant", "content": None, "refusal": message.refusal}, *ASK]
+        chunks = list(client.chat.completions.create(model="one", messages=back, stream=True))
+    assert "".join(c.choices[0].delta.refusal or "" for c in chunks) == "I will not."
+    assert not any(c.choices[0].delta.content for c in chunks)
 
 
 def test_models(client: openai.OpenAI) -> None:
