@@ -523,10 +523,11 @@ class TestKey:
         assert KEY not in caplog.text
         assert KEY not in f"{engine!r} {vars(engine)} {engine.spec}"
 
-    async def test_a_key_in_a_header_of_its_own(self, upstream: Upstream, load: Load) -> None:
+    @pytest.mark.parametrize("value", [KEY, f"Bearer {KEY}"])
+    async def test_a_key_in_a_header_of_its_own(self, upstream: Upstream, load: Load, value: str) -> None:
         upstream.replies = [[response(f'{{"error": "wrong key {KEY} for blue"}}'.encode(), "400 Bad Request")]]
         with pytest.raises(BadRequest, match=r"wrong key \(the key\) for blue"):
-            await read(await load(headers={"api-key": KEY, "x-team": "blue"}))
+            await read(await load(headers={"api-key": value, "x-team": "blue"}))
 
     async def test_a_header_that_is_not_authorization(
         self, upstream: Upstream, load: Load, monkeypatch: pytest.MonkeyPatch
