@@ -575,6 +575,8 @@ class TestOptions:
             ({"headers": {"X": 1}}, "headers.X"),
             ({"base_url": "ftp://host/v1"}, "base_url"),
             ({"base_url": "https:///v1"}, "base_url"),
+            ({"base_url": "http://host:99999/v1"}, "base_url is no address: Port out of range"),
+            ({"base_url": "http://[::1/v1"}, "base_url is no address"),
             ({"base_url": f"https://user:{KEY}@host/v1"}, "api_key_env"),
         ],
     )
