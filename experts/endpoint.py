@@ -47,7 +47,10 @@ def read_options(spec: EngineSpec) -> Options:
         options = Options.model_validate(dict(spec.options))
     except ValidationError as exc:
         raise ConfigError("\n".join(f"Engine '{spec.engine_id}': {_explain(e)}" for e in exc.errors())) from exc
-    url = URL(options.base_url)
+    try:
+        url = URL(options.base_url)
+    except ValueError as exc:
+        raise ConfigError(f"Engine '{spec.engine_id}': base_url is no address: {exc}.") from exc
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(f"Engine '{spec.engine_id}': base_url must be an http or https address.")
     if url.user or url.password:

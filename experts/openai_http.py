@@ -219,9 +219,9 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def _hide_keys(exc: CollegiumError, session: aiohttp.ClientSession, options: Options) -> None:
-    """Endpoints like to repeat the key that they refuse. Some take it in a header of their own: a header's value that
-    is as long as a key is taken for one."""
-    own = [value for value in options.headers.values() if len(value) >= _KEY_CHARS]
+    """Endpoints like to repeat the key that they refuse. Some take it in a header of their own, perhaps behind a word
+    like Bearer: whatever is as long as a key there is taken for one."""
+    own = [word for value in options.headers.values() for word in value.split() if len(word) >= _KEY_CHARS]
     for key in (session.headers.get(options.key_header, "").removeprefix("Bearer "), *own):
         if key and key in exc.message:
             exc.message = exc.message.replace(key, "(the key)")

@@ -77,8 +77,10 @@ class Http1(HttpToolsProtocol):
         self._headers_timer = self.loop.call_later(self.HEADERS_S, self._headers_late)
 
     def _headers_late(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # else the answer before is still under way
+        if self.cycle is None or self.cycle.response_complete:
             self._give_up("sends no request")
+        else:  # the answer before is still under way
+            self._await_headers()
 
     def _give_up(self, why: str) -> None:
         log.info("a client %s; its connection was closed", why)

@@ -108,11 +108,12 @@ class Ledger:
         finally:
             run.latency_s = time.monotonic() - started
             del self._runs[request_id]
+            if run.request.priority == "online":  # a batch tells of its lines itself; they would flood the rest
+                # Once the answer is on its way: it need not wait for those who only keep and count. But before whoever
+                # waits in drained() goes on.
+                asyncio.get_running_loop().call_soon(self._tell, lambda observer: observer.ended(run))
             if not self._runs:
                 self._idle.set()
-            if run.request.priority == "online":  # a batch tells of its lines itself; they would flood the rest
-                # Once the answer is on its way: it need not wait for those who only keep and count.
-                asyncio.get_running_loop().call_soon(self._tell, lambda observer: observer.ended(run))
 
     def note_route(self, run: Run) -> None:
         run.routed_s = time.monotonic()

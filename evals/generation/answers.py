@@ -8,11 +8,12 @@ import sqlite3
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from experts.errors import ConfigError
-from experts.types import Completion, EngineSpec, ExpertSpec, Request, Usage
+from experts.types import Completion, EngineSpec, ExpertSpec, Request, SamplingParams, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +74,14 @@ def key_of(engine: EngineSpec, expert: ExpertSpec, request: Request) -> bytes:
         "question": request.metadata.get("question_id") if engine.backend == "recorded" else None,
         "messages": [asdict(message) for message in request.messages],
         "prompt": request.prompt,
-        "params": asdict(request.params),
+        "params": _params(request.params),
         "format": request.response_format,
         "tools": request.tools,
     }
     return blake2b(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS, default=list), digest_size=16).digest()
+
+
+def _params(params: SamplingParams) -> dict[str, Any]:
+    """Without ``more`` where it is not set: answers that were kept before there was one are still found."""
+    found = asdict(params)
+    return found if params.more else {key: value for key, value in found.items() if key != "more"}

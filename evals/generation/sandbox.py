@@ -25,8 +25,8 @@ _NO_WALL = 77
 
 # Runs before the program, in its process. It may read what others may, write to its own small folder, and send signals
 # to nobody but itself: a first child is the init of a PID namespace, and the program the second. mount_setattr (442)
-# makes everything else read-only in one step. No new rights can be had after; a filter refuses shmget, whose memory no
-# limit counts, and unshare.
+# makes everything else read-only in one step. No new rights can be had after: whoever made the namespaces could undo
+# them, so capabilities go (capset), and a filter refuses unshare, and shmget, whose memory no limit counts.
 _JAIL = f"""
 import ctypes, os, resource, struct, sys
 program = sys.stdin.read()
@@ -64,6 +64,7 @@ for limit, value in (
     resource.setrlimit(limit, (value, value))
 if uid == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
+must(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # neither processes nor threads
 libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 known = {{"x86_64": (0xC000003E, 29, 272), "aarch64": (0xC00000B7, 194, 97)}}

@@ -17,6 +17,8 @@ from routers.records import Array
 from routers.static import WordLlama
 
 VOTES = ("vote", "weighted_vote")
+COMPARING = (*VOTES, "cascade")
+"""Which ask whether answers are the same."""
 ASKERS = ("fuse", "general_expert", "pick_aggregator", "debate")
 
 
@@ -30,15 +32,15 @@ class Outcome:
 
 
 def aggregator_for(name: str, setting: Setting) -> Aggregator:
-    """Answers are recorded as they were parsed, so votes compare them as they are. Raises ConfigError."""
+    """Answers are recorded as they were parsed, so they are compared as they are. Raises ConfigError."""
     if name in ASKERS:
         raise ConfigError(
             f"Aggregator '{name}' asks an expert itself, and nobody is asked here. Use 'collegium eval run --pool DIR "
             "-c FILE' with a policy that has it."
         )
-    if name in VOTES:
+    if name in COMPARING:
         check_answered(setting)
-    options = {"extract": "text"} if name in VOTES else {}
+    options = {"extract": "text"} if name in COMPARING else {}
     return make_aggregator(AggregatorConfig(name=name, options=options), {}, WordLlama)
 
 

@@ -119,7 +119,8 @@ class Manager:
         except Unavailable:
             raise
         except CollegiumError as exc:
-            await asyncio.to_thread(self._fail, batch, exc)
+            # Of one that a bug has ended the answers so far are promised: its folder stays.
+            await asyncio.to_thread(self._give_up if code is BROKEN else self._fail, batch, exc)
         else:
             await asyncio.to_thread(self._complete, batch, report, code)
 

@@ -47,6 +47,20 @@ async def test_memory_that_no_limit_counts_is_refused():
     assert await passes(take.format("unshare(0x10000000)"))
 
 
+async def test_an_ordinary_users_walls_cannot_be_undone(monkeypatch, tmp_path):
+    """Such a user owns the namespaces, and with them the mounts."""
+    if os.getuid() == 0:  # becomes one; prctl() so that its own /proc belongs to it
+        become = "os.setgroups([]); os.setgid(65534); os.setuid(65534); libc.prctl(4, 1)\n"
+        monkeypatch.setattr(
+            sandbox, "_JAIL", sandbox._JAIL.replace("uid, gid, folder =", become + "uid, gid, folder =")
+        )
+    undo = "import ctypes, os, struct; c = ctypes.CDLL(None, use_errno=True)\n"
+    undo += "assert {} == -1 and ctypes.get_errno() == 1"
+    assert await passes("import os; assert os.getuid() != 0; open('own', 'w')")
+    assert await passes(undo.format("c.syscall(442, -100, b'/', 0, struct.pack('QQQQ', 0, 1, 0, 0), 32)"))
+    assert await passes(undo.format("c.mount(b'none', os.getcwd().encode(), b'tmpfs', 0, b'size=4g')"))
+
+
 async def test_no_process_outlives_it():
     assert not await passes("import os\nif os.fork() == 0:\n    import time; time.sleep(60)")
 

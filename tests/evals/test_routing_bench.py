@@ -130,6 +130,21 @@ async def test_a_vote_elects_the_answer_that_most_give(make_pool, cache):
     assert (vote.scores[0], weighted.scores[0]) == (1.0, 0.0)
 
 
+async def test_a_cascade_stops_where_recorded_answers_agree(make_pool, cache):
+    """They are what was parsed already: nothing is to be found in them by the question's form."""
+    from evals.routing.votes import aggregator_for
+
+    setting = await setting_of(make_pool(questions=40), cache)
+    texts = ("none of these", *setting.records.answer_texts[1:])
+    setting = replace(setting, records=replace(setting.records, answer_texts=texts))
+    setting.records.answers_QE[:] = 0
+    predicted = np.tile([0.9, 0.2, 0.1, 0.0], (len(setting.test), 1))
+    assert (await ask(predicted, setting, aggregator_for("cascade", setting), 4)).calls.max() == 2
+    setting.records.answers_QE[:] = -1
+    with pytest.raises(ConfigError, match="has scores only"):
+        aggregator_for("cascade", setting)
+
+
 async def test_votes_need_parsed_answers(make_pool, cache):
     setting = await setting_of(make_pool(questions=40), cache)
     setting.records.answers_QE[:] = -1

@@ -523,10 +523,11 @@ class TestKey:
         assert KEY not in caplog.text
         assert KEY not in f"{engine!r} {vars(engine)} {engine.spec}"
 
-    async def test_a_key_in_a_header_of_its_own(self, upstream: Upstream, load: Load) -> None:
+    @pytest.mark.parametrize("value", [KEY, f"Bearer {KEY}"])
+    async def test_a_key_in_a_header_of_its_own(self, upstream: Upstream, load: Load, value: str) -> None:
         upstream.replies = [[response(f'{{"error": "wrong key {KEY} for blue"}}'.encode(), "400 Bad Request")]]
         with pytest.raises(BadRequest, match=r"wrong key \(the key\) for blue"):
-            await read(await load(headers={"api-key": KEY, "x-team": "blue"}))
+            await read(await load(headers={"api-key": value, "x-team": "blue"}))
 
     async def test_a_header_that_is_not_authorization(
         self, upstream: Upstream, load: Load, monkeypatch: pytest.MonkeyPatch
@@ -574,6 +575,8 @@ class TestOptions:
             ({"headers": {"X": 1}}, "headers.X"),
             ({"base_url": "ftp://host/v1"}, "base_url"),
             ({"base_url": "https:///v1"}, "base_url"),
+            ({"base_url": "http://host:99999/v1"}, "base_url is no address: Port out of range"),
+            ({"base_url": "http://[::1/v1"}, "base_url is no address"),
             ({"base_url": f"https://user:{KEY}@host/v1"}, "api_key_env"),
         ],
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from collegium_kernels import gates
 from collegium_kernels.gates.base import Context, Routed
+from collegium_kernels.gates.mixtral import MixtralGate
 from collegium_kernels.gates.table import table
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
 from collegium_kernels.ragged import check_routing
@@ -118,6 +119,12 @@ def test_a_layer_in_bf16_routes_in_fp32(name: str, narrow_gate: bool) -> None:
     assert y.isfinite().all()
     if name not in WITHOUT_GRADIENT | {"read_me", "stable_moe"}:  # whose weights are 1, and modules of torch
         assert routed.scores_TE.dtype == torch.float32
+
+
+def test_scores_without_numbers_have_their_shape() -> None:
+    """As of a model that is only laid out."""
+    gate = MixtralGate(D, E).to("meta")
+    assert gate.logits(torch.empty(9, D, device="meta")).shape == (9, E)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"read_me"}))

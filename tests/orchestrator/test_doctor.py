@@ -328,6 +328,11 @@ def test_an_endpoint_is_asked_as_the_engine_will_ask_it(endpoint: str) -> None:
     assert (finding.status, "has 'some-model'" in finding.message) == ("ok", True)
 
 
+def test_an_endpoint_that_is_no_address() -> None:
+    finding = only(configuration.endpoints(case_of_endpoint("http://127.0.0.1:99999/v1")))
+    assert (finding.status, "base_url is no address" in finding.message) == ("fail", True)
+
+
 def test_an_endpoint_with_wrong_options(endpoint: str) -> None:
     finding = only(configuration.endpoints(case_of_endpoint(endpoint, options={"timeout": 5})))
     assert (finding.status, "unknown option 'timeout'" in finding.message) == ("fail", True)

@@ -547,6 +547,23 @@ async def test_drained_waits_for_the_last_run() -> None:
     await asyncio.wait_for(waiting, 1)
 
 
+async def test_observers_have_heard_of_the_last_run_when_it_is_drained() -> None:
+    """What they write to may be closed then."""
+    built = house({})
+    run = built.run()
+    chunks = built.orchestrator.generate(run)
+    await anext(chunks)
+
+    async def drained() -> list[Run]:
+        await built.ledger.drained()
+        return list(built.diary.ends)
+
+    waiting = asyncio.create_task(drained())
+    await asyncio.sleep(0)
+    await chunks.aclose()
+    assert await waiting == [run]
+
+
 async def test_an_observer_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Diary):
         def routed(self, run: Run) -> None:

@@ -67,6 +67,8 @@ class LinearGate(nn.Module):
 
 def fp32_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
     """``x @ w.T`` in fp32, whatever they are in and under autocast too, which would round what a router decides by."""
+    if x_RD.is_meta:  # shapes alone, and torch has no autocast there
+        return steady_mm(x_RD.float(), w_ND.float())
     with torch.autocast(x_RD.device.type, enabled=False):
         return steady_mm(x_RD.float(), w_ND.float())
 
