@@ -69,7 +69,7 @@ def decide(scores: Mapping[str, float], *, reason: str, router: str) -> RouteDec
     bad = [e for e, s in scores.items() if not math.isfinite(s)]
     if bad:
         raise ValueError(f"router '{router}' gave a score that is not finite to {bad}")
-    best = tuple(e for e in (max(scores, key=scores.__getitem__, default=None),) if e is not None)
+    best = (max(scores, key=scores.__getitem__),) if scores else ()
     return RouteDecision(expert_ids=best, weights=(1.0,) * len(best), scores=scores, reason=reason, router=router)
 
 

@@ -59,15 +59,8 @@ def routing(
     """
     from orchestrator.commands.screen import make_console
 
-    for option, value, heeds in (("stack-calls", stack_calls, "stack"), ("artefact", artefact, "best_of")):
-        if value is not None and aggregator != heeds:
-            raise typer.BadParameter(f"only '--aggregator {heeds}' heeds it.", param_hint=f"--{option}")
     calls = _calls(top_k, max_calls)
-    if max(calls) == 1 and aggregator not in ("first", "weighted_vote"):
-        raise typer.BadParameter(
-            f"'{aggregator}' combines answers, and one call gives one: ask more with --top-k.",
-            param_hint="--aggregator",
-        )
+    _check_heeded(aggregator, max(calls), stack_calls, artefact)
     console = make_console(stderr=True)
     chosen = None if experts is None else [e.strip() for e in experts.split(",") if e.strip()]
     asyncio.run(
@@ -89,6 +82,18 @@ def routing(
             is_robust=router == "all",
         )
     )
+
+
+def _check_heeded(aggregator: str, most: int, stack_calls: float | None, artefact: Path | None) -> None:
+    """An option that changes nothing is a mistake."""
+    for option, value, heeds in (("stack-calls", stack_calls, "stack"), ("artefact", artefact, "best_of")):
+        if value is not None and aggregator != heeds:
+            raise typer.BadParameter(f"only '--aggregator {heeds}' heeds it.", param_hint=f"--{option}")
+    if most == 1 and aggregator not in ("first", "weighted_vote"):
+        raise typer.BadParameter(
+            f"'{aggregator}' combines answers, and one call gives one: ask more with --top-k.",
+            param_hint="--aggregator",
+        )
 
 
 def _calls(top_k: str, max_calls: int | None) -> list[int]:
@@ -121,7 +126,7 @@ async def _run(
     *,
     is_robust: bool,
 ) -> None:
-    from evals.routing import plots, report
+    from evals.routing import report
     from evals.routing.bench import evaluate
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
@@ -131,9 +136,9 @@ async def _run(
     setting = await load(console, pool, experts, encoder, splits, seed, hide_tasks)
     top_ks = sorted({min(k, len(setting.records.experts)) for k in top_ks})
     combiner: Combiner | None = None
-    if aggregator == "stack" and max(top_ks) > 1:
+    if max(top_ks) > 1 and aggregator == "stack":
         combiner = _fit_stack(console, pool, setting, stack_calls)
-    if aggregator == "best_of" and max(top_ks) > 1:
+    elif max(top_ks) > 1 and aggregator == "best_of":
         combiner = _read_texts(console, pool, setting, artefact, encoder)
     with bars(console) as progress:
         progress.start("fitting routers", len(names), "bytes")
@@ -151,6 +156,12 @@ async def _run(
         found["robustness"] = await _rewritten(console, evaluation, encoder)
     if leave_one_out:
         found["leave_one_out"] = await _without_each(console, setting, names[0], encoder)
+    _tell(console, evaluation, found, out)
+
+
+def _tell(console: "Console", evaluation: "Evaluation", found: dict[str, Any], out: Path) -> None:
+    from evals.routing import plots, report
+
     found["plots"] = [path.stem for path in plots.draw(evaluation, out)]
     report.write(found, out)
     _show(evaluation, found)

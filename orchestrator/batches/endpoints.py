@@ -17,7 +17,7 @@ from orchestrator.config import Batches
 from orchestrator.exchange import JSONReply
 from orchestrator.host import Host
 from orchestrator.invalid import explain_invalid
-from orchestrator.openai import Wire
+from orchestrator.messages import Wire
 from orchestrator.security import Tenant
 
 CLOSED = "Files and batches are closed here: set batches.path in the config to a folder for them."

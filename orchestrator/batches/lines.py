@@ -11,7 +11,8 @@ from experts.errors import BadRequest, CollegiumError, TooLarge
 from experts.types import Request
 from orchestrator.build import Service
 from orchestrator.invalid import explain_invalid
-from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody, Wire
+from orchestrator.messages import Wire
+from orchestrator.openai import ChatBody, CompletionBody, EmbeddingBody
 from orchestrator.policies import Overrides
 from orchestrator.replies import ChatFormat, CompletionFormat, Format
 from orchestrator.run import Policy

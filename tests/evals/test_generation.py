@@ -314,8 +314,18 @@ def test_an_answers_key_is_all_that_it_depends_on():
         (engine, expert, Request(messages=(Message(role="system", content="hi"),))),
         (engine, expert, Request(prompt="hi")),
         (engine, expert, Request(messages=base.messages, params=SamplingParams(seed=1))),
+        (engine, expert, Request(messages=base.messages, params=SamplingParams(more={"top_k": 1}))),
     ]
     assert len({key_of(engine, expert, base), *(key_of(*other) for other in others)}) == 1 + len(others)
+
+
+def test_answers_that_were_kept_before_are_still_found():
+    """The key as it was before SamplingParams had ``more``."""
+    engine = EngineSpec(engine_id="e", backend="vllm", model="m", options={"max_model_len": 64})
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    asked = Request(messages=(Message(role="user", content="hi"),), params=params)
+    found = key_of(engine, ExpertSpec(expert_id="x", engine_id="e"), asked)
+    assert found.hex() == "dca3f28bf59d9efb70166490775b9cc5"
 
 
 async def test_a_failure_is_not_remembered(tmp_path):

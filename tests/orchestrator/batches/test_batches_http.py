@@ -362,14 +362,22 @@ def test_a_bug_ends_a_batch_and_keeps_its_answers(tmp_path, monkeypatch, caplog)
     assert "stopped by a bug" in caplog.text
 
 
-def test_a_bug_at_the_end_too_is_a_failed_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("then", [KeyError("a bug"), ConfigError("a file that cannot be written")])
+def test_a_bug_and_no_end_either_is_a_failed_batch_whose_folder_stays(tmp_path, monkeypatch, then):
+    failures = iter([KeyError("a bug"), then])
+
     def broken(self):
-        raise KeyError("a bug")
+        raise next(failures)
 
     monkeypatch.setattr("orchestrator.batches.runner.Runner._unread", broken)
     with serving(settings(tmp_path)) as served, served.client() as client:
         done = ended(client, begin(client))
-        assert (done.status, done.errors.data[0].code, done.output_file_id) == ("failed", "internal_error", None)
+        assert (done.status, done.errors.data[0].code, done.output_file_id) == (
+            "failed",
+            getattr(then, "code", "internal_error"),
+            None,
+        )
+        assert any(path.is_dir() for path in tmp_path.rglob(done.id))
 
 
 def test_a_reload_in_the_middle(tmp_path, monkeypatch):
