@@ -15,7 +15,7 @@ from aiohttp.abc import ResolveResult
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from yarl import URL
 
-from experts.errors import ConfigError
+from experts.errors import ConfigError, variable
 from experts.types import EngineSpec
 
 BESIDE = ("base_url", "api_key_env")
@@ -35,7 +35,7 @@ class Options(BaseModel):
     max_connections: NonNegativeInt = Field(256, description="More calls wait their turn; 0 for no limit.")
     stream: bool = Field(True, description="False for an endpoint that cannot stream: each answer comes whole.")
     headers: dict[str, str] = {}
-    key_header: str = Field("Authorization", description="Where the key goes, there as 'Bearer KEY', elsewhere bare.")
+    key_header: str = Field("Authorization", min_length=1, description="Where the key goes, there as 'Bearer KEY', elsewhere bare.")
     rename: dict[str, str] = Field({}, description="Body keys by another name, as {max_tokens: max_completion_tokens}.")
     extra_body: dict[str, Any] = Field({}, description="Put over the body; null takes a key out.")
     max_event_bytes: PositiveInt = 2**20
@@ -74,7 +74,7 @@ def key_headers(spec: EngineSpec, options: Options) -> dict[str, str]:
         key = os.environ.get(options.api_key_env, "").strip()
         if not key:
             raise ConfigError(
-                f"Engine '{spec.engine_id}': the environment variable {options.api_key_env} is not set; "
+                f"Engine '{spec.engine_id}': api_key_env names {variable(options.api_key_env)}, which is not set; "
                 "put the endpoint's key in it, or leave api_key_env out."
             )
         headers |= key_header(options, key)

@@ -116,3 +116,12 @@ class ExpertFailed(Unavailable):
 
 class DeadlineExceeded(CollegiumError):
     status, code = 504, "deadline_exceeded"
+
+
+def variable(name: str) -> str:
+    """An environment variable's name, for messages. Some write the key itself where its variable belongs: what does not
+    look like a name is not shown."""
+    return name if name.isupper() and len(name) <= _NAME_CHARS else "an environment variable"
+
+
+_NAME_CHARS = 64

@@ -223,9 +223,13 @@ def _hide_keys(exc: CollegiumError, session: aiohttp.ClientSession, options: Opt
     like Bearer: whatever is as long as a key there is taken for one."""
     own = [word for value in options.headers.values() for word in value.split() if len(word) >= _KEY_CHARS]
     for key in (session.headers.get(options.key_header, "").removeprefix("Bearer "), *own):
-        if key and key in exc.message:
-            exc.message = exc.message.replace(key, "(the key)")
-            exc.args = (exc.message,)
+        if not key:
+            continue
+        exc.message = exc.message.replace(key, "(the key)")
+        # A long message was cut, perhaps within the key.
+        cut = next((n for n in range(len(key) - 1, _KEY_CHARS // 2, -1) if exc.message.endswith(key[:n])), 0)
+        exc.message = f"{exc.message[:-cut]}(the key)" if cut else exc.message
+        exc.args = (exc.message,)
 
 
 def _garbled(exc: Exception, expert: ExpertSpec) -> ExpertFailed:

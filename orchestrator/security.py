@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experts.errors import ConfigError, Forbidden, RateLimited, Unauthorized
+from experts.errors import ConfigError, Forbidden, RateLimited, Unauthorized, variable
 from orchestrator.config import ApiKey, Security
 
 
@@ -106,7 +106,7 @@ def _bucket(key: ApiKey) -> Bucket | None:
 def _read(env: str) -> bytes:
     value = os.environ.get(env, "").strip()
     if not value:
-        raise ConfigError(f"security: the environment variable {env} is not set; put the key there.")
+        raise ConfigError(f"security: {variable(env)} is to hold a key, but is not set; put the key there.")
     return os.fsencode(value)
 
 

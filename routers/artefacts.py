@@ -75,12 +75,14 @@ class Format:
         from safetensors.numpy import load_file
 
         try:
-            self._check_hash(folder / self.body, about["sha256"])
+            self._check_hash(folder / self.body, about.get("sha256"))
             yield load_file(folder / self.body)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigError(f"The {self.thing} in {folder} is broken ({exc!r}); make it again: {self.again}") from exc
 
-    def _check_hash(self, path: Path, due: str) -> None:
+    def _check_hash(self, path: Path, due: str | None) -> None:
+        if due is None:
+            raise ValueError(f"{self.head} is from before it held the hash of {self.body}")
         with path.open("rb") as body:
             if file_digest(body, "sha256").hexdigest() != due:
                 raise ValueError(f"{self.head} and {self.body} are not of one fit")

@@ -11,7 +11,7 @@ import aiohttp
 from yarl import URL
 
 from experts.endpoint import key_header, read_options
-from experts.errors import ConfigError
+from experts.errors import ConfigError, variable
 from experts.models import list_models
 from orchestrator.build import build_service, make_encoder
 from orchestrator.config import OpenAIConfig
@@ -79,15 +79,16 @@ def keys(case: Case) -> Iterator[Finding]:
     owners = {e.api_key_env: f"engine {name}" for name, e in _endpoints(case).items() if e.api_key_env}
     owners |= {key.env: f"tenant {name}" for name, key in security.api_keys.items()}
     owners |= {security.admin_key_env: "administration"} if security.admin_key_env else {}
-    for variable, owner in owners.items():
-        if os.environ.get(variable):
-            yield Finding(check="keys", message=f"{variable} is set, for {owner}")
+    for name, owner in owners.items():
+        if os.environ.get(name):
+            yield Finding(check="keys", message=f"{name} is set, for {owner}")
         else:
+            shown = variable(name)
             yield Finding(
                 check="keys",
                 status="fail",
-                message=f"{variable} is not set, for {owner}",
-                todo=f"export {variable}=...",
+                message=f"{shown} is not set, for {owner}",
+                todo=f"export {shown}=..." if shown == name else "write the name of a variable there, not the key",
             )
 
 

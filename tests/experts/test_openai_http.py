@@ -484,6 +484,11 @@ class TestKey:
         with pytest.raises(ConfigError, match="MY_KEY"):
             await load(api_key_env="MY_KEY")
 
+    async def test_a_key_in_the_place_of_its_variable_is_not_shown(self, load: Load) -> None:
+        with pytest.raises(ConfigError, match="api_key_env names an environment variable") as caught:
+            await load(api_key_env="gsk_Abc123")
+        assert "gsk_" not in repr(caught.value)
+
     async def test_one_that_is_no_header_is_not_shown(self, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MY_KEY", f"{KEY}\r\nx-evil: 1")
         with pytest.raises(ConfigError, match="Authorization") as caught:
@@ -528,6 +533,13 @@ class TestKey:
         upstream.replies = [[response(f'{{"error": "wrong key {KEY} for blue"}}'.encode(), "400 Bad Request")]]
         with pytest.raises(BadRequest, match=r"wrong key \(the key\) for blue"):
             await read(await load(headers={"api-key": value, "x-team": "blue"}))
+
+    @pytest.mark.parametrize("shown", range(8, len(KEY)))
+    async def test_a_key_that_a_long_message_was_cut_in(self, upstream: Upstream, load: Load, shown: int) -> None:
+        told = "x" * (500 - shown - 1) + " " + KEY
+        upstream.replies = [[response(f'{{"error": "{told}"}}'.encode(), "400 Bad Request")]]
+        with pytest.raises(BadRequest, match=r"x \(the key\)$"):
+            await read(await load(headers={"api-key": KEY}))
 
     async def test_a_header_that_is_not_authorization(
         self, upstream: Upstream, load: Load, monkeypatch: pytest.MonkeyPatch
