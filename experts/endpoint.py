@@ -35,7 +35,9 @@ class Options(BaseModel):
     max_connections: NonNegativeInt = Field(256, description="More calls wait their turn; 0 for no limit.")
     stream: bool = Field(True, description="False for an endpoint that cannot stream: each answer comes whole.")
     headers: dict[str, str] = {}
-    key_header: str = Field("Authorization", min_length=1, description="Where the key goes, there as 'Bearer KEY', elsewhere bare.")
+    key_header: str = Field(
+        "Authorization", min_length=1, description="Where the key goes, there as 'Bearer KEY', elsewhere bare."
+    )
     rename: dict[str, str] = Field({}, description="Body keys by another name, as {max_tokens: max_completion_tokens}.")
     extra_body: dict[str, Any] = Field({}, description="Put over the body; null takes a key out.")
     max_event_bytes: PositiveInt = 2**20

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from evals.routing.statistics import Bootstrap, Estimate
-from orchestrator.aggregators.stacking.build import Priors, Stack, Wish, decide, fit_stack, stops, threshold_for, walk
+from orchestrator.aggregators.stacking.build import Priors, Stack, Wish, fit_stack
 from orchestrator.aggregators.stacking.model import Ballots, said_by_any
 from orchestrator.aggregators.stacking.recorded import Recorded, rows_of
+from orchestrator.aggregators.stacking.stopping import Walk, best_rule, decide, walk
 from routers.records import Array
 
 CALLS = (1.0, 2.0, 3.0, 5.0)
@@ -72,18 +73,19 @@ def _measure_stack(
 ) -> dict[str, Any]:
     ballots = stack.prepare(recorded.ballots.take(test), recorded.options.take(test))
     gold = recorded.gold_Q[test]
-    sure, right = walk(stack.logit, ballots, gold, stack.order)
+    walked = walk(stack.logit, ballots, gold, stack.order)
+    sure, right = walked.sure_QK, walked.right_QK
     rows = np.arange(len(test))
     budgets = {}
     for calls in CALLS:
-        threshold = threshold_for(stack.curve_XN, calls)
-        places = stops(sure.copy(), threshold)
-        held_out = stack.curve_XN[stack.curve_XN[:, 0] == threshold][0]
+        stop, held_calls, held_score = best_rule(stack.curve_XF, calls)
+        places = stop.places(sure, walked.gain_QK)
         budgets[f"{calls:g}"] = result(
             right[rows, places].astype(float),
             float((places + 1).mean()),
-            threshold=threshold,
-            held_out={"mean_calls": float(held_out[1]), "score": float(held_out[2])},
+            threshold=stop.threshold,
+            least_gain=stop.least_gain,
+            held_out={"mean_calls": held_calls, "score": held_score},
             calibration=_calibration(sure[rows, places], right[rows, places]),
         )
     everyone, _ = decide(stack.logit, ballots)
@@ -92,17 +94,17 @@ def _measure_stack(
         "calls": budgets,
         "first_of_order": [float(right[:, k].mean()) for k in range(len(stack.order))],
         "everyone": result((everyone == gold).astype(float), float(ballots.asked_QE.sum(axis=1).mean())),
-        "curve": _curve(sure, right),
-        "threshold_curve_held_out": stack.curve_XN.tolist(),
+        "curve": _curve(stack, walked),
     }
 
 
-def _curve(sure_QK: Array, right_QK: Array) -> list[list[float]]:
-    """[mean calls, score] at each threshold, on test: for the plot alone, nothing is chosen by it."""
-    rows, points = np.arange(len(sure_QK)), []
-    for threshold in np.arange(0.0, 1.01, 0.02):
-        places = stops(sure_QK.copy(), float(threshold))
-        points.append([float((places + 1).mean()), float(right_QK[rows, places].mean())])
+def _curve(stack: Stack, walked: Walk) -> list[list[float]]:
+    """[mean calls, score] for one budget after another, on test: for the plot alone, nothing is chosen by it."""
+    rows, points = np.arange(len(walked.sure_QK)), []
+    for calls in np.arange(1.0, walked.sure_QK.shape[1] + 0.01, 0.1):
+        stop, *_ = best_rule(stack.curve_XF, float(calls))
+        places = stop.places(walked.sure_QK, walked.gain_QK)
+        points.append([float((places + 1).mean()), float(walked.right_QK[rows, places].mean())])
     return points
 
 

@@ -19,9 +19,10 @@ from orchestrator.aggregators.extract import Asked, make_extract, read_request, 
 from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import Stack, prior_of
 from orchestrator.aggregators.stacking.grams import Grams, Options
-from orchestrator.aggregators.stacking.model import Ballots
+from orchestrator.aggregators.stacking.model import Ballots, Logit
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.recorded import letter_place
+from orchestrator.aggregators.stacking.stopping import AHEAD, NEVER_BELOW, Stop, decide, expected_gain
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
 from routers.artefacts import columns_of
 from routers.base import RouteDecision
@@ -34,8 +35,9 @@ _SHOWN = 120
 
 
 class Stacked:
-    """``names`` maps an expert of the service to the recorded one it is, where their ids differ; ``threshold`` is used
-    instead of the artefact's. A request's ``metadata["task"]`` is read as its task."""
+    """``names`` maps an expert of the service to the recorded one it is, where their ids differ. ``threshold`` and
+    ``least_gain`` say when to stop asking instead of the artefact's rule (stacking/stopping.py). A request's
+    ``metadata["task"]`` is read as its task."""
 
     name = "stack"
     takes_one = False
@@ -46,6 +48,7 @@ class Stacked:
         *,
         names: Mapping[str, str] | None = None,
         threshold: float | None = None,
+        least_gain: float | None = None,
         extract: str = "auto",
     ) -> None:
         if parts.artefact is None:
@@ -55,11 +58,16 @@ class Stacked:
             )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"aggregator 'stack': 'threshold' is a probability from 0 to 1, got {threshold}.")
+        if least_gain is not None and not NEVER_BELOW <= least_gain <= 1:
+            raise ConfigError(f"aggregator 'stack': 'least_gain' is between probabilities, -1 to 1, got {least_gain}.")
         self._fitted = artefact.load(parts.artefact)
         if self._fitted.stack.prior is not None:
             self._fitted.stack.prior.neighbours.prepare()
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
-        self._threshold = self._fitted.stack.threshold if threshold is None else threshold
+        self._stop = self._fitted.stack.stop
+        if threshold is not None or least_gain is not None:
+            own = (1.0 if threshold is None else threshold, NEVER_BELOW if least_gain is None else least_gain)
+            self._stop = Stop(threshold=own[0], least_gain=own[1])
         self._extract = make_extract(extract)
         # Asked for after every answer to a question, and the same each time.
         self._prior = lru_cache(_REMEMBERED)(self._think)
@@ -85,12 +93,16 @@ class Stacked:
     async def settled(
         self, request: Request, decision: RouteDecision, completions: Sequence[Completion], pending: Sequence[str]
     ) -> bool:
-        """Whether the likeliest option that was chosen so far is likelier than the threshold."""
+        """Whether the likeliest option that was chosen so far is likely enough, or the next experts are not expected to
+        change it."""
         if not pending or not completions:
             return not pending
         heard = self._hear(request, completions)
-        posterior_O, _ = self._weigh(request, heard)
-        return any(float(posterior_O[a.vote]) >= self._threshold for a in heard.answers if a.vote >= 0)
+        logit, ballots = self._prepare(request, heard)
+        usual_QE = self._fitted.stack.logit.usual(ballots.tasks_Q)
+        due = [self._columns.get(expert_id, self._weakest()) for expert_id in pending[:AHEAD]]
+        _, sure_Q = decide(logit, ballots)
+        return bool(self._stop.is_enough(sure_Q, expected_gain(logit, ballots, usual_QE[:, due]))[0])
 
     def _hear(self, request: Request, completions: Sequence[Completion]) -> "_Heard":
         """In an order that does not depend on who came first."""
@@ -116,6 +128,12 @@ class Stacked:
 
     def _weigh(self, request: Request, heard: "_Heard") -> tuple[Array, Array]:
         """The posterior by option, the last being none of those of an open question; what each answer counted for."""
+        logit, ballots = self._prepare(request, heard)
+        counts = logit.counts(ballots)[0] * logit.strength(ballots)[0]
+        return logit.posterior(ballots)[0], counts
+
+    def _prepare(self, request: Request, heard: "_Heard") -> tuple[Logit, Ballots]:
+        """Of those who answered, a column an answer."""
         stack = self._fitted.stack
         columns = [a.column for a in heard.answers]
         task = request.metadata.get("task")
@@ -123,9 +141,7 @@ class Stacked:
         ballots = _ballots(heard, self._fitted.tasks.index(task) if task in self._fitted.tasks else -1)
         listed = heard.options if heard.asked.options else ()
         prior_QO = self._prior(heard.stem, listed) if listed else ballots.prior_QO
-        prepared = panel.stack.prepare_with(prior_QO, ballots)
-        counts = panel.stack.logit.counts(prepared)[0] * panel.stack.logit.strength(prepared)[0]
-        return panel.stack.logit.posterior(prepared)[0], counts
+        return panel.stack.logit, panel.stack.prepare_with(prior_QO, ballots)
 
     def _think(self, stem: str, listed: tuple[str, ...]) -> Array:
         """(1, O) of the prior: what the options give away."""
@@ -159,7 +175,8 @@ class Stacked:
                 for i, a in enumerate(heard.answers)
             ],
             "posterior": posterior,
-            "threshold": self._threshold,
+            "threshold": self._stop.threshold,
+            "least_gain": self._stop.least_gain,
             "winner": labels[winner.vote] if winner.vote >= 0 else None,
         }
         return replace(winner.completion, trace=trace if note is None else {**trace, "note": note})

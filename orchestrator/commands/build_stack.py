@@ -38,7 +38,7 @@ def stack(
     console.print(
         f"'stack' was fitted on {fitted.questions} questions of {fitted.pool}. It asks in this order:\n"
         f"  {', '.join(fitted.expert_ids[e] for e in fitted.stack.order)}\n"
-        f"until an option is likelier than {fitted.stack.threshold:.2f}. In the config:\n"
+        f"until {fitted.stack.stop}. In the config:\n"
         f"  aggregator: {{name: stack, artefact: {out}}}",
         markup=False,
     )

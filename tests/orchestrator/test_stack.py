@@ -134,6 +134,7 @@ def test_names_say_who_is_who(folder: Path) -> None:
         ({"names": {"ghost": "ace"}}, ("ace",), "no experts here"),
         ({"names": {"mine": "ghost"}}, ("mine",), "never saw"),
         ({"threshold": 2.0}, ("ace",), "from 0 to 1"),
+        ({"least_gain": 1.5}, ("ace",), "-1 to 1"),
         ({"treshold": 0.5}, ("ace",), "threshold"),
         ({"extract": "smell"}, ("ace",), "no kind"),
     ],
@@ -159,6 +160,18 @@ def test_it_stops_once_an_option_is_likelier_than_the_threshold(folder: Path) ->
     assert settled(stack, split, [])
     assert not settled(stack, said(ace="who knows"), ["fair"])
     assert settled(make(folder, threshold=0.0), one, ["fair"])
+
+
+def test_it_stops_where_the_next_are_not_expected_to_change_anything(folder: Path) -> None:
+    one, two = said(ace="The answer is (B)."), said(ace="The answer is (B).", fair="The answer is (B).")
+    split = said(ace="The answer is (B).", fair="The answer is (C).")
+    stack = make(folder, least_gain=0.03)
+    assert settled(stack, two, ["noise"]), "noise cannot turn two good ones"
+    assert not settled(stack, split, ["fair", "poor"])
+    assert not settled(stack, said(ace="who knows"), ["noise"])
+    assert settled(make(folder, least_gain=1.0), one, ["fair"])
+    assert not settled(make(folder, least_gain=-1.0), two, ["noise"])
+    assert combine(stack, two).trace["least_gain"] == 0.03
 
 
 def test_open_answers_are_compared_by_value(folder: Path) -> None:

@@ -13,18 +13,22 @@ from orchestrator.aggregators.stacking import artefact
 from orchestrator.aggregators.stacking.build import (
     Stack,
     Wish,
-    decide,
     fit_stack,
-    hear,
-    stopping_curve,
-    stops,
-    threshold_for,
 )
 from orchestrator.aggregators.stacking.fitting import fit_logit, random_panels
 from orchestrator.aggregators.stacking.model import Ballots, Logit
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.prior import Prior, softmax
 from orchestrator.aggregators.stacking.recorded import Recorded, read_recorded, rows_of
+from orchestrator.aggregators.stacking.stopping import (
+    Stop,
+    Walk,
+    best_rule,
+    decide,
+    expected_gain,
+    hear,
+    stopping_curve,
+)
 from orchestrator.aggregators.stacking.words import WORDS, answer_words, checked_sums
 from tests.orchestrator.planted import RATES, write_pool
 
@@ -166,23 +170,58 @@ def test_the_best_expert_is_asked_first_and_beaten(fitted: artefact.Fitted, plan
 
 
 def test_calls_grow_with_the_threshold_and_keep_to_the_budget(fitted: artefact.Fitted) -> None:
-    curve = fitted.stack.curve_XN
-    assert (np.diff(curve[:, 1]) >= 0).all()
+    curve = fitted.stack.curve_XF
+    for gain in np.unique(curve[:, 1]):
+        rows = curve[curve[:, 1] == gain]
+        assert (np.diff(rows[:, 0]) > 0).all()
+        assert (np.diff(rows[:, 2]) >= 0).all()
     for calls in (1.0, 1.5, 2.0, 3.0):
-        threshold = threshold_for(curve, calls)
-        (row,) = curve[curve[:, 0] == threshold]
-        assert row[1] + 1.645 * row[3] / 1000**0.5 <= calls, "95 % of all thousands of questions to come keep to it"
-    assert fitted.stack.threshold == threshold_for(curve, 2.0)
+        stop, mean_calls, right = best_rule(curve, calls)
+        (row,) = curve[(curve[:, 0] == stop.threshold) & (curve[:, 1] == stop.least_gain)]
+        assert row[2:4].tolist() == [mean_calls, right]
+        assert row[2] + 1.645 * row[4] / 1000**0.5 <= calls, "95 % of all thousands of questions to come keep to it"
+    assert fitted.stack.stop == best_rule(curve, 2.0)[0]
     with pytest.raises(ConfigError, match="at least one call"):
-        threshold_for(curve, 0.5)
+        best_rule(curve, 0.5)
 
 
-def test_a_question_is_left_alone_once_it_is_sure() -> None:
-    sure = np.array([[0.9, 0.9, 0.9], [0.2, 0.8, 0.9], [0.1, 0.1, 0.1]])
-    assert stops(sure, 0.7).tolist() == [0, 1, 2]
-    curve = stopping_curve(sure, np.ones((3, 3), np.bool_))
-    assert curve[0, 1] == 1
-    assert curve[-1, 1] == 3
+def test_a_question_is_left_alone_once_it_is_sure_or_hopeless() -> None:
+    sure = np.array([[0.9, 0.9, 0.9], [0.2, 0.8, 0.9], [0.1, 0.1, 0.1], [0.0, 0.0, 0.9]])
+    gain = np.array([[0.1, 0.1, 0.0], [0.3, 0.1, 0.0], [0.05, 0.01, 0.0], [0.5, 0.5, 0.0]])
+    assert Stop(threshold=0.7).places(sure, gain).tolist() == [0, 1, 2, 2]
+    assert Stop(threshold=0.7, least_gain=0.01).places(sure, gain).tolist() == [0, 1, 1, 2]
+    assert Stop(threshold=0.0).places(sure, gain).tolist() == [0, 0, 0, 2], "nothing that could be read is not enough"
+    curve = stopping_curve(Walk(sure_QK=sure, gain_QK=gain, right_QK=np.ones((4, 3), np.bool_)))
+    assert curve[:, 2].min() == 1
+    assert curve[:, 2].max() == 3
+
+
+def test_a_call_is_worth_what_it_is_expected_to_change() -> None:
+    """Against the definition, written out for one question: whoever comes next chooses option o with its posterior."""
+    logit = Logit(
+        worth_E=np.array([2.0, 1.0, 0.5]),
+        in_task_CE=np.array([[0.1, 0.2, 0.9]]),
+        words_W=np.zeros(1),
+        shape=np.array([0.3, 0.5, 0.1, 0, 0]),
+    )
+    asked = replace(
+        ballots([[0, -1, -1]]), asked_QE=np.array([[True, False, False]]), prior_QO=np.log([[0.2, 0.5, 0.2, 0.1, 1.0]])
+    )
+    now = logit.posterior(asked)[0]
+
+    def best_after(option: int, calls: int) -> float:
+        votes = [[0, *[option if e <= calls else -1 for e in (1, 2)]]]
+        heard = np.array([[True, calls >= 1, calls >= 2]])
+        after = logit.posterior(replace(asked, votes_QE=np.array(votes), asked_QE=heard))[0]
+        return float(max(after[0], after[option]))
+
+    usual = logit.usual(asked.tasks_Q)[:, 1:]
+    one, two = (sum(p * best_after(o, calls) for o, p in enumerate(now)) - now[0] for calls in (1, 2))
+    assert expected_gain(logit, asked, usual[:, :1]) == pytest.approx([one])
+    assert expected_gain(logit, asked, usual) == pytest.approx([max(one, two / 2)])
+    assert expected_gain(logit, asked, usual[:, :0]) == pytest.approx([0])
+    certain = replace(asked, prior_QO=20 * np.log([[0.999997, 1e-6, 1e-6, 1e-6, 1.0]]))
+    assert expected_gain(logit, certain, usual) == pytest.approx([0], abs=1e-6)
 
 
 def test_a_prior_is_never_that_of_a_network_which_saw_the_question(
@@ -234,7 +273,7 @@ def test_it_comes_back_from_disk_the_same(fitted: artefact.Fitted, planted: Reco
 def test_two_fits_are_the_same_to_the_bit(fitted: artefact.Fitted, planted: Recorded) -> None:
     again = fit_stack(planted, rows_of(planted, ["train", "val"]), Wish(calls=2.0))
     assert np.array_equal(again.logit.worth_E, fitted.stack.logit.worth_E)
-    assert np.array_equal(again.curve_XN, fitted.stack.curve_XN)
+    assert np.array_equal(again.curve_XF, fitted.stack.curve_XF)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape"])

@@ -22,7 +22,7 @@ FORMAT = Format(
     thing="fitted stack",
     head="stack.json",
     body="stack.safetensors",
-    version=4,
+    version=5,
     again="collegium build stack --pool DIR --out DIR",
 )
 

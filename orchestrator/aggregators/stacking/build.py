@@ -1,7 +1,8 @@
 """From a recorded pool to a fitted stack: prior, logit, the order to ask in, and when to stop.
 
 Everything that is chosen is chosen on questions held out: a question's prior comes from a network that never saw it,
-and so do the posteriors that the order and the threshold are read from. Legend: as in model.py; K places in the order.
+and so do the posteriors that the order and the rule for stopping are read from. Legend: as in model.py; K places in the
+order, X rules, F figures of each.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import numpy as np
 from experts.errors import ConfigError
 from orchestrator.aggregators.stacking.fitting import fit_logit
 from orchestrator.aggregators.stacking.grams import Options
-from orchestrator.aggregators.stacking.model import Ballots, Logit, said_by_any
+from orchestrator.aggregators.stacking.model import Ballots, Logit
 from orchestrator.aggregators.stacking.prior import NEVER, Prior
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
+from orchestrator.aggregators.stacking.stopping import Stop, Walk, best_rule, decide, hear, stopping_curve, walk
 from routers.learned.base import split_folds
 from routers.records import Array
 
@@ -22,8 +24,6 @@ FOLDS = 4
 _LONGEST = 8
 """Experts in the order. Further ones were not worth their call on any pool here."""
 _PANELS = 2
-_SURE, _NEXT = 1.645, 1000
-"""A threshold keeps its budget with a probability of 95 % over the mean of that many questions to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +40,15 @@ class Wish:
 class Stack:
     """``order`` are columns of experts; ``word_mean_EW`` and ``word_scale_W`` bring words to one scale.
 
-    ``curve_XN`` has one row a threshold: threshold, mean calls, accuracy, and the calls' standard deviation, on
-    questions held out."""
+    ``curve_XF`` says what each rule for stopping leads to on questions held out (stopping.py)."""
 
     logit: Logit
     prior: Prior | None
     word_mean_EW: Array
     word_scale_W: Array
     order: tuple[int, ...]
-    threshold: float
-    curve_XN: Array
+    stop: Stop
+    curve_XF: Array
 
     def prepare(self, ballots: Ballots, options: Options) -> Ballots:
         """``ballots`` with this stack's prior and words on its scale."""
@@ -104,7 +103,7 @@ def fit_stack(
     order = greedy_order(ballots, gold, models, folds)
     on_step("the logit again, with that order")
     models = _fit_folds(ballots, gold, folds, tasks, order, wish)
-    curve = stopping_curve(*along(ballots, gold, models, folds, order))
+    curve = stopping_curve(along(ballots, gold, models, folds, order))
     logit = fit_logit(ballots, gold, tasks=tasks, panels=_PANELS, seed=wish.seed, order=order, largest=_LONGEST)
     return Stack(
         logit=logit,
@@ -112,8 +111,8 @@ def fit_stack(
         word_mean_EW=mean,
         word_scale_W=scale,
         order=order,
-        threshold=threshold_for(curve, wish.calls),
-        curve_XN=curve,
+        stop=best_rule(curve, wish.calls)[0],
+        curve_XF=curve,
     )
 
 
@@ -183,58 +182,11 @@ def hits(model: Logit, ballots: Ballots, gold: Array, panel: list[int]) -> Array
     return result
 
 
-def hear(ballots: Ballots, panel: list[int] | tuple[int, ...]) -> Ballots:
-    heard = np.zeros((1, ballots.votes_QE.shape[1]), np.bool_)
-    heard[0, list(panel)] = True
-    return ballots.hearing(heard)
-
-
-def decide(model: Logit, ballots: Ballots) -> tuple[Array, Array]:
-    """The likeliest of the options that somebody chose, -1 for none; and its posterior, 0 then."""
-    posterior = np.where(said_by_any(ballots.votes_QE, ballots.open_QO.shape[1]), model.posterior(ballots), 0.0)
-    best = posterior.max(axis=1)
-    return np.where(best > 0, posterior.argmax(axis=1), -1), best
-
-
-def along(
-    ballots: Ballots, gold: Array, models: list[Logit], folds: Folds, order: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Confidence, and whether the answer is right, after each place of the order: two (Q, K), held out."""
-    sure, right = np.zeros((len(gold), len(order))), np.zeros((len(gold), len(order)), np.bool_)
+def along(ballots: Ballots, gold: Array, models: list[Logit], folds: Folds, order: tuple[int, ...]) -> Walk:
+    """Each question asked along the order by the model that did not see it."""
+    shape = (len(gold), len(order))
+    walked = Walk(sure_QK=np.zeros(shape), gain_QK=np.zeros(shape), right_QK=np.zeros(shape, np.bool_))
     for model, (_, out) in zip(models, folds, strict=True):
-        sure[out], right[out] = walk(model, ballots.take(out), gold[out], order)
-    return sure, right
-
-
-def walk(model: Logit, ballots: Ballots, gold: Array, order: tuple[int, ...]) -> tuple[Array, Array]:
-    sure, right = np.zeros((len(gold), len(order))), np.zeros((len(gold), len(order)), np.bool_)
-    for place in range(len(order)):
-        chosen, sure[:, place] = decide(model, hear(ballots, order[: place + 1]))
-        right[:, place] = chosen == gold
-    return sure, right
-
-
-def stops(sure_QK: Array, threshold: float) -> Array:
-    """The place in the order where each question is left alone."""
-    enough = sure_QK >= threshold
-    enough[:, -1] = True
-    result: Array = enough.argmax(axis=1)
-    return result
-
-
-def stopping_curve(sure_QK: Array, right_QK: Array) -> Array:
-    rows = np.arange(len(sure_QK))
-    curve = []
-    for threshold in np.round(np.arange(0.0, 1.001, 0.01), 2):
-        places = stops(sure_QK, float(threshold))
-        curve.append([threshold, (places + 1).mean(), right_QK[rows, places].mean(), places.std()])
-    return np.array(curve)
-
-
-def threshold_for(curve_XN: Array, calls: float) -> float:
-    """Of the thresholds that keep to ``calls`` on average, held out and with a margin for the chance of who asks next,
-    the most accurate; the lowest of equals."""
-    kept = curve_XN[curve_XN[:, 1] + _SURE * _NEXT**-0.5 * curve_XN[:, 3] <= calls]
-    if not len(kept):
-        raise ConfigError(f"A question costs at least one call; a mean of {calls:g} is impossible.")
-    return float(kept[kept[:, 2].argmax(), 0])
+        part = walk(model, ballots.take(out), gold[out], order)
+        walked.sure_QK[out], walked.gain_QK[out], walked.right_QK[out] = part.sure_QK, part.gain_QK, part.right_QK
+    return walked

@@ -6,6 +6,7 @@ import numpy as np
 
 from orchestrator.aggregators.stacking.artefact import Fitted
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
+from orchestrator.aggregators.stacking.stopping import best_rule
 from routers.records import Array
 
 ADVISED = 500
@@ -24,12 +25,12 @@ def doubts(fitted: Fitted, recorded: Recorded, rows: Array) -> Sequence[str]:
     rows = known
     if len(rows) < ADVISED:
         found.append(
-            f"{len(rows)} questions are few for a stack: its weights and its threshold ({stack.threshold:.2f}) are "
+            f"{len(rows)} questions are few for a stack: its weights and when it stops asking are "
             f"guesses. Record {ADVISED} or more, or take a vote, which needs none."
         )
     right_E = (recorded.ballots.votes_QE[rows] == recorded.gold_Q[rows, None]).mean(axis=0)
     best, alone = int(right_E.argmax()), float(right_E.max())
-    (held_out,) = stack.curve_XN[stack.curve_XN[:, 0] == stack.threshold, 2]
+    _, _, held_out = best_rule(stack.curve_XF, fitted.calls)
     if held_out - alone < np.sqrt(alone * (1 - alone) / len(rows)):
         found.append(
             f"On questions held out it is right in {100 * held_out:.1f} %, the best expert alone, "

@@ -83,8 +83,13 @@ class Logit:
 
     def counts(self, ballots: Ballots) -> Array:
         """What each expert's answer adds to the option that he chose, before n^-c: (Q, E)."""
-        tasks = np.concatenate([self.in_task_CE, np.zeros_like(self.in_task_CE[:1])])[ballots.tasks_Q]
-        result: Array = self.worth_E + tasks + ballots.words_QEW @ self.words_W
+        result: Array = self.usual(ballots.tasks_Q) + ballots.words_QEW @ self.words_W
+        return result
+
+    def usual(self, tasks_Q: Array) -> Array:
+        """The same for an answer in its expert's usual words."""
+        tasks = np.concatenate([self.in_task_CE, np.zeros_like(self.in_task_CE[:1])])[tasks_Q]
+        result: Array = self.worth_E + tasks
         return result
 
     def strength(self, ballots: Ballots) -> Array:
