@@ -276,13 +276,15 @@ def test_two_fits_are_the_same_to_the_bit(fitted: artefact.Fitted, planted: Reco
     assert np.array_equal(again.curve_XF, fitted.stack.curve_XF)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape", "stop"])
 def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, damage: str) -> None:
     stack = fitted.stack
     if damage == "nan":
         stack = replace(stack, logit=replace(stack.logit, worth_E=stack.logit.worth_E * np.nan))
     if damage == "shape":
         stack = replace(stack, logit=replace(stack.logit, worth_E=stack.logit.worth_E[:-1]))
+    if damage == "stop":
+        stack = replace(stack, stop=Stop(threshold=2.0))
     artefact.save(replace(fitted, stack=stack), tmp_path)
     if damage == "missing":
         (tmp_path / artefact.FORMAT.head).unlink()

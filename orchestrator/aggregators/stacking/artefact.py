@@ -14,6 +14,7 @@ from orchestrator.aggregators.stacking.grams import COLUMNS
 from orchestrator.aggregators.stacking.neighbours import HINTS
 from orchestrator.aggregators.stacking.options import TRAITS
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
+from orchestrator.aggregators.stacking.stopping import NEVER_BELOW
 from orchestrator.aggregators.stacking.words import WORDS
 from routers.artefacts import Format, flatten, restore
 from routers.records import Array
@@ -88,5 +89,8 @@ def _check(fitted: Fitted, arrays: Mapping[str, Array]) -> None:
     for name, (found, due) in shapes.items():
         if found != due:
             raise ValueError(f"{name} is {found}, expected {due}")
+    stop = fitted.stack.stop
+    if not (0 <= stop.threshold <= 1 and NEVER_BELOW <= stop.least_gain <= 1):
+        raise ValueError(f"nobody stops by {stop!r}")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError("a number in it is not finite")
