@@ -61,10 +61,17 @@ M = TypeVar("M", bound=Model)
 Option = TypeVar("Option")
 
 
-def split_folds(count: int, seed: int, folds: int = FOLDS) -> list[tuple[Array, Array]]:
-    """(the rest, the part held out) for each fold."""
+def split_folds(count: int, seed: int, folds: int = FOLDS, families: Array | None = None) -> list[tuple[Array, Array]]:
+    """(the rest, the part held out) for each fold. Rows of one family, by its number, are not
+    parted."""
     order = np.random.default_rng(seed).permutation(count)
     parts = np.array_split(order, min(folds, count))
+    if families is not None:
+        fold_of = np.empty(count, np.int64)
+        for number, part in enumerate(parts):
+            fold_of[part] = number
+        _, first, own = np.unique(families, return_index=True, return_inverse=True)
+        parts = [p for n in range(len(parts)) if len(p := np.flatnonzero(fold_of[first[own]] == n))]
     return [(np.concatenate([q for q in parts if q is not p]), p) for p in parts if len(p) < count]
 
 

@@ -11,8 +11,7 @@ from orchestrator.aggregators.stacking.prior import Prior
 
 def worded(options: list[list[str]], width: int) -> Options:
     traits = np.zeros((len(options), width, len(TRAITS)), np.float32)
-    questions = ["Which of these?"] * len(options)
-    return Options(traits_QOT=traits, grams=Grams.of(options, width), asked=Grams.of_questions(questions))
+    return Options(traits_QOT=traits, grams=Grams.of(options, width))
 
 
 @settings(max_examples=100, deadline=None)

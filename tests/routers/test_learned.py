@@ -193,6 +193,14 @@ def test_folds_hold_out_every_question_once():
     assert all(not set(kept) & set(held) for kept, held in parts)
 
 
+def test_folds_keep_families_together():
+    families = np.array([0, 1, 0, 3, 3, 5, 6, 0, 8, 9])
+    parts = split_folds(10, seed=3, families=families)
+    assert sorted(np.concatenate([held for _, held in parts]).tolist()) == list(range(10))
+    assert all(not set(families[kept]) & set(families[held]) for kept, held in parts)
+    assert len(split_folds(6, seed=0, families=np.zeros(6, np.int64))) == 0, "one family leaves nothing to hold out"
+
+
 def test_there_must_be_something_to_learn():
     _, training = world(8)
     for scores, message in ((np.ones((8, 4)), "nothing to learn"), (np.full((8, 4), np.nan), "not a number")):

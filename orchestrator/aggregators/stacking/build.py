@@ -91,7 +91,7 @@ def fit_stack(
     ballots, gold = recorded.ballots.take(rows), recorded.gold_Q[rows]
     mean, scale = word_scales(ballots)
     words = np.clip((ballots.words_QEW - mean) / scale, -3, 3) * wish.with_words
-    folds = split_folds(len(rows), wish.seed, FOLDS)
+    folds = _folds(recorded, rows, wish.seed)
     if priors is None:
         on_step("the options' prior")
         priors = fit_priors(recorded, rows, wish)
@@ -139,10 +139,15 @@ def fit_priors(recorded: Recorded, rows: Array, wish: Wish) -> Priors:
         part = part[listed[part]]
         return Prior.fit(options.take(part), ballots.open_QO[part], gold[part], wish.seed)
 
-    for kept, out in split_folds(len(rows), wish.seed, FOLDS):
+    for kept, out in _folds(recorded, rows, wish.seed):
         if listed[kept].any():
             held[out] = prior_of(fit(kept), ballots.open_QO[out], listed[out], options.take(out))
     return Priors(later=fit(np.arange(len(gold))), held_QO=held)
+
+
+def _folds(recorded: Recorded, rows: Array, seed: int) -> Folds:
+    """Twins stay together: a question whose twin was learned from says nothing about those to come."""
+    return split_folds(len(rows), seed, FOLDS, recorded.family_Q[rows])
 
 
 def _fit_folds(

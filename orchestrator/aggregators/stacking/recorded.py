@@ -15,27 +15,28 @@ import numpy as np
 from experts.errors import ConfigError
 from experts.pools import RecordedPool, read_rows
 from orchestrator.aggregators.extract import value
+from orchestrator.aggregators.stacking.families import families
 from orchestrator.aggregators.stacking.grams import Grams, Options
 from orchestrator.aggregators.stacking.model import Ballots
 from orchestrator.aggregators.stacking.options import TRAITS, option_traits
 from orchestrator.aggregators.stacking.words import WORDS, answer_words
 from routers.records import Array, Records, read_records
 
-_FORMAT = 4
+_FORMAT = 5
 """Of the cached features; another one is read anew."""
-_WORDED = ("grams", "asked")
 MAX_OPTIONS = 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """``ballots`` have no prior yet and words as they were counted; ``gold_Q`` is the last column where the right
-    answer is none of the options, -1 where it is not known."""
+    answer is none of the options, -1 where it is not known. ``family_Q``: which questions are one asked twice."""
 
     records: Records
     ballots: Ballots
     options: Options
     gold_Q: Array
+    family_Q: Array
     tasks: tuple[str, ...]
 
     def only(self, expert_ids: Sequence[str]) -> Self:
@@ -76,9 +77,10 @@ def read_recorded(
         ballots=ballots,
         options=Options(
             traits_QOT=arrays["traits_QOT"],
-            **{part: Grams(**{f.name: arrays[f"{part}.{f.name}"] for f in fields(Grams)}) for part in _WORDED},
+            grams=Grams(**{f.name: arrays[f.name] for f in fields(Grams)}),
         ),
         gold_Q=arrays["gold_Q"],
+        family_Q=arrays["family_Q"],
         tasks=tasks,
     )
 
@@ -139,7 +141,7 @@ def _read(
         if options:
             traits[row, : len(options)] = option_traits(options, str(questions[row].get("question") or ""))
     gold = np.array([_gold(row, lists[i], votes[i], records.scores_QE[i], width) for i, row in enumerate(questions)])
-    worded = (Grams.of(lists, width), Grams.of_questions([str(row.get("question") or "") for row in questions]))
+    grams = Grams.of(lists, width)
     return {
         "votes_QE": votes,
         "words_QEW": words,
@@ -147,11 +149,8 @@ def _read(
         "listed_Q": listed,
         "traits_QOT": traits,
         "gold_Q": gold,
-        **{
-            f"{part}.{f.name}": getattr(grams, f.name)
-            for part, grams in zip(_WORDED, worded, strict=True)
-            for f in fields(grams)
-        },
+        "family_Q": families([str(row.get("question") or "") for row in questions]),
+        **{f.name: getattr(grams, f.name) for f in fields(grams)},
     }
 
 

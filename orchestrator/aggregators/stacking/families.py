@@ -1,0 +1,45 @@
+"""Questions that a pool asks twice, in nearly the same words.
+
+MMLU-Pro's train split has four times as many of them within itself as questions to come have among it. Folds drawn at
+random part them, and what remembers single questions then looks better than it is (docs/aggregators-measured.md).
+
+Legend: Q questions, G grams, N columns.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from orchestrator.aggregators.stacking.grams import COLUMNS, Grams
+from routers.records import Array
+
+TWIN = 0.8
+"""Cosine of the words and pairs of words, rare ones weighing more (tf-idf), from which on two questions are one."""
+_LARGEST = 0.1
+"""A family with more of a pool's questions than that is a form which they are all written in, and is none."""
+_AT_ONCE = 512
+"""Questions whose likeness to all others is held in memory."""
+
+
+def families(questions: Sequence[str]) -> Array:
+    """A number for each question, which twins and their twins share: (Q,)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    grams, count = Grams.of_questions(questions), len(questions)
+    # What every question says tells none apart.
+    rarity_N = np.log((1 + count) / (1 + np.bincount(grams.columns_G, minlength=COLUMNS)))
+    weights_G, cells_G = rarity_N[grams.columns_G], grams.cells_G
+    lengths_Q = np.sqrt(np.bincount(cells_G, weights_G**2, count)) + 1e-9
+    worded = grams.matrix((weights_G / lengths_Q[cells_G]).astype(np.float32))
+    turned = worded.T.tocsr()
+    pairs = np.concatenate(
+        [
+            np.argwhere((worded[start : start + _AT_ONCE] @ turned).toarray() >= TWIN) + np.array([start, 0])
+            for start in range(0, count, _AT_ONCE)
+        ]
+    )
+    twins = coo_array((np.ones(len(pairs), np.bool_), tuple(pairs.T)), (count, count))
+    _, family_Q = connected_components(twins, directed=False)
+    is_form = np.bincount(family_Q)[family_Q] > max(_LARGEST * count, 1)
+    return np.where(is_form, count + np.arange(count), family_Q)
