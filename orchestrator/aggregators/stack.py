@@ -61,6 +61,8 @@ class Stacked:
         if least_gain is not None and not NEVER_BELOW <= least_gain <= 1:
             raise ConfigError(f"aggregator 'stack': 'least_gain' is between probabilities, -1 to 1, got {least_gain}.")
         self._fitted = artefact.load(parts.artefact)
+        if self._fitted.stack.prior is not None:
+            self._fitted.stack.prior.neighbours.prepare()
         self._columns = columns_of(self._fitted.expert_ids, list(parts.experts), names or {})
         self._stop = self._fitted.stack.stop
         if threshold is not None or least_gain is not None:
@@ -215,7 +217,7 @@ def _options(stem: str, listed: Sequence[str]) -> Options:
     width = len(listed) + 1
     traits = np.zeros((1, width, len(TRAITS)), np.float32)
     traits[0, :-1] = option_traits(listed, stem)
-    return Options(traits_QOT=traits, grams=Grams.of([listed], width))
+    return Options(traits_QOT=traits, grams=Grams.of([listed], width), asked=Grams.of_questions([stem]))
 
 
 def _ballots(heard: _Heard, task: int) -> Ballots:

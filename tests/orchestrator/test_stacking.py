@@ -236,9 +236,9 @@ def test_a_prior_is_never_that_of_a_network_which_saw_the_question(
 
     class Spy(Prior):
         @classmethod
-        def fit(cls, options, open_QO, right_Q, seed):  # type: ignore[no-untyped-def]
+        def fit(cls, options, open_QO, right_Q, family_Q, seed):  # type: ignore[no-untyped-def]
             seen.append(set(options.traits_QOT[:, 0, 0].astype(int).tolist()))
-            fitted = Prior.fit(options, open_QO, right_Q, seed)
+            fitted = Prior.fit(options, open_QO, right_Q, family_Q, seed)
             spy = Spy(**{name: getattr(fitted, name) for name in Prior.__dataclass_fields__})
             object.__setattr__(spy, "own", seen[-1])
             return spy

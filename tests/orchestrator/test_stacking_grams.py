@@ -11,7 +11,8 @@ from orchestrator.aggregators.stacking.prior import Prior
 
 def worded(options: list[list[str]], width: int) -> Options:
     traits = np.zeros((len(options), width, len(TRAITS)), np.float32)
-    return Options(traits_QOT=traits, grams=Grams.of(options, width))
+    questions = ["Which of these?"] * len(options)
+    return Options(traits_QOT=traits, grams=Grams.of(options, width), asked=Grams.of_questions(questions))
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,7 +54,7 @@ def test_the_prior_learns_which_wording_is_right() -> None:
     is_open = np.ones((150, 4), np.bool_)
     is_open[:, -1] = False
     options, first, last = worded(lists, 4), np.arange(100), np.arange(100, 150)
-    prior = Prior.fit(options.take(first), is_open[first], gold[first], seed=0)
+    prior = Prior.fit(options.take(first), is_open[first], gold[first], first, seed=0)
     chances = np.exp(prior.predict(options.take(last), is_open[last]))
     assert (chances.argmax(axis=1) == gold[last]).all()
     assert np.allclose(chances[:, :3].sum(axis=1), 1, atol=1e-4)

@@ -11,6 +11,7 @@ import numpy as np
 
 from orchestrator.aggregators.stacking.build import Stack, Wish, fit_stack
 from orchestrator.aggregators.stacking.grams import COLUMNS
+from orchestrator.aggregators.stacking.neighbours import HINTS
 from orchestrator.aggregators.stacking.options import TRAITS
 from orchestrator.aggregators.stacking.recorded import Recorded, usable
 from orchestrator.aggregators.stacking.stopping import NEVER_BELOW
@@ -83,7 +84,8 @@ def _check(fitted: Fitted, arrays: Mapping[str, Array]) -> None:
     }
     if (prior := fitted.stack.prior) is not None:
         shapes["grams_MN"] = (prior.grams_MN.shape, (len(prior.outer_MH), COLUMNS))
-        shapes["mean_T"] = (prior.mean_T.shape, (len(TRAITS),))
+        shapes["mean_T"] = (prior.mean_T.shape, (len(TRAITS) + HINTS,))
+        prior.neighbours.check()
     for name, (found, due) in shapes.items():
         if found != due:
             raise ValueError(f"{name} is {found}, expected {due}")

@@ -137,7 +137,9 @@ def fit_priors(recorded: Recorded, rows: Array, wish: Wish) -> Priors:
 
     def fit(part: Array) -> Prior:
         part = part[listed[part]]
-        return Prior.fit(options.take(part), ballots.open_QO[part], gold[part], wish.seed)
+        return Prior.fit(
+            options.take(part), ballots.open_QO[part], gold[part], recorded.family_Q[rows[part]], wish.seed
+        )
 
     for kept, out in _folds(recorded, rows, wish.seed):
         if listed[kept].any():

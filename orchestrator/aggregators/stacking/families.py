@@ -1,7 +1,7 @@
 """Questions that a pool asks twice, in nearly the same words.
 
-MMLU-Pro's train split has four times as many of them within itself as questions to come have among it. Folds drawn at
-random part them, and what remembers single questions then looks better than it is (docs/aggregators-measured.md).
+A pool has more of them within itself than questions to come have among it (MMLU-Pro: four times as many). Folds drawn
+at random part them, and what remembers single questions then looks better than it is (docs/aggregators-measured.md).
 
 Legend: Q questions, G grams, N columns.
 """

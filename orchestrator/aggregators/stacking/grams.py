@@ -39,7 +39,7 @@ class Grams:
 
     @classmethod
     def of_questions(cls, questions: Sequence[str]) -> Self:
-        """Words alone and in pairs, a cell a question: for telling which are alike (families.py)."""
+        """Words alone and in pairs, a cell a question."""
         return cls._of([_words(text[: 2 * _READ_CHARS].lower()).astype(np.uint16) for text in questions])
 
     @classmethod
@@ -84,17 +84,19 @@ class Grams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the options of questions look like: options.py's numbers, and their wording."""
+    """What the options of questions look like: options.py's numbers, their wording, and the questions' own."""
 
     traits_QOT: Array
     grams: Grams
+    asked: Grams
 
     def __len__(self) -> int:
         return len(self.traits_QOT)
 
     def take(self, rows: Array) -> Self:
         rows = np.asarray(rows)
-        return type(self)(traits_QOT=self.traits_QOT[rows], grams=self.grams.take(rows, self.traits_QOT.shape[1]))
+        grams = self.grams.take(rows, self.traits_QOT.shape[1])
+        return type(self)(traits_QOT=self.traits_QOT[rows], grams=grams, asked=self.asked.take(rows, 1))
 
 
 def grams_of(text: str) -> Array:

@@ -1,8 +1,8 @@
 """The options' prior: how often options that stand out so were the right one, by a small network.
 
-One hidden layer over the traits, and a weight for each gram of the wording, softmax over the
+One hidden layer over the traits and the neighbours' hints, and a weight for each gram of the wording, softmax over the
 options of a question, fitted together by L-BFGS with weight decay; two starting points are averaged. Legend: Q
-questions, O options, T traits, H hidden units, M members, N columns of grams, R options of all questions in a
+questions, O options, T traits and hints, H hidden units, M members, N columns of grams, R options of all questions in a
 row.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from orchestrator.aggregators.stacking.grams import Options
+from orchestrator.aggregators.stacking.neighbours import Neighbours
 from routers.learned.minimise import minimise
 from routers.records import Array
 
@@ -32,11 +33,15 @@ class Prior:
     bias_MH: Array
     outer_MH: Array
     grams_MN: Array
+    neighbours: Neighbours
 
     @classmethod
-    def fit(cls, options: Options, open_QO: Array, right_Q: Array, seed: int) -> Self:
-        """``open_QO`` says which options there are, ``right_Q`` which of them is right."""
-        rows_RT = options.traits_QOT[open_QO]
+    def fit(cls, options: Options, open_QO: Array, right_Q: Array, family_Q: Array, seed: int) -> Self:
+        """``open_QO`` says which options there are, ``right_Q`` which is right; questions of one ``family_Q`` are one that
+        was asked twice."""
+        neighbours = Neighbours.of(options, open_QO, right_Q)
+        hints_RH = neighbours.hints(options, open_QO, family_N=family_Q)[open_QO]
+        rows_RT = np.concatenate([options.traits_QOT[open_QO], hints_RH], axis=1)
         mean, scale = rows_RT.mean(axis=0), rows_RT.std(axis=0) + 1e-3
         inputs_RT, rng = ((rows_RT - mean) / scale).astype(np.float32), np.random.default_rng(seed)
         grams = options.grams.where(open_QO.ravel())
@@ -50,11 +55,13 @@ class Prior:
             bias_MH=bias,
             outer_MH=outer,
             grams_MN=weights,
+            neighbours=neighbours,
         )
 
     def predict(self, options: Options, open_QO: Array) -> Array:
         """Logarithms of probabilities, (Q, O); NEVER where there is no option."""
-        inputs_RT = (options.traits_QOT[open_QO] - self.mean_T) / self.scale_T
+        hints_RH = self.neighbours.hints(options, open_QO)[open_QO]
+        inputs_RT = (np.concatenate([options.traits_QOT[open_QO], hints_RH], axis=1) - self.mean_T) / self.scale_T
         grams = options.grams.where(open_QO.ravel())
         chances = np.zeros(open_QO.shape)
         for inner, bias, outer, weights in zip(*self._members(), strict=True):

@@ -24,6 +24,7 @@ from routers.records import Array, Records, read_records
 
 _FORMAT = 5
 """Of the cached features; another one is read anew."""
+_WORDED = ("grams", "asked")
 MAX_OPTIONS = 26
 
 
@@ -77,7 +78,7 @@ def read_recorded(
         ballots=ballots,
         options=Options(
             traits_QOT=arrays["traits_QOT"],
-            grams=Grams(**{f.name: arrays[f.name] for f in fields(Grams)}),
+            **{part: Grams(**{f.name: arrays[f"{part}.{f.name}"] for f in fields(Grams)}) for part in _WORDED},
         ),
         gold_Q=arrays["gold_Q"],
         family_Q=arrays["family_Q"],
@@ -141,7 +142,8 @@ def _read(
         if options:
             traits[row, : len(options)] = option_traits(options, str(questions[row].get("question") or ""))
     gold = np.array([_gold(row, lists[i], votes[i], records.scores_QE[i], width) for i, row in enumerate(questions)])
-    grams = Grams.of(lists, width)
+    texts = [str(row.get("question") or "") for row in questions]
+    worded = (Grams.of(lists, width), Grams.of_questions(texts))
     return {
         "votes_QE": votes,
         "words_QEW": words,
@@ -149,8 +151,12 @@ def _read(
         "listed_Q": listed,
         "traits_QOT": traits,
         "gold_Q": gold,
-        "family_Q": families([str(row.get("question") or "") for row in questions]),
-        **{f.name: getattr(grams, f.name) for f in fields(grams)},
+        "family_Q": families(texts),
+        **{
+            f"{part}.{f.name}": getattr(grams, f.name)
+            for part, grams in zip(_WORDED, worded, strict=True)
+            for f in fields(grams)
+        },
     }
 
 
