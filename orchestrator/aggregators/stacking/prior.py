@@ -37,8 +37,7 @@ class Prior:
 
     @classmethod
     def fit(cls, options: Options, open_QO: Array, right_Q: Array, family_Q: Array, seed: int) -> Self:
-        """``open_QO`` says which options there are, ``right_Q`` which is right; questions of one ``family_Q`` are one that
-        was asked twice."""
+        """``open_QO`` says which options there are, ``right_Q`` the right one; a family is one question asked twice."""
         neighbours = Neighbours.of(options, open_QO, right_Q)
         hints_RH = neighbours.hints(options, open_QO, family_N=family_Q)[open_QO]
         rows_RT = np.concatenate([options.traits_QOT[open_QO], hints_RH], axis=1)
