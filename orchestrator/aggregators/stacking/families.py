@@ -17,6 +17,8 @@ TWIN = 0.8
 """Cosine of the words and pairs of words, rare ones weighing more (tf-idf), from which on two questions are one."""
 _LARGEST = 0.1
 """A family with more of a pool's questions than that is a form which they are all written in, and is none."""
+_LINKS = 20
+"""Of one question to others: enough to hold a family together, and no more than memory bears where all are alike."""
 _AT_ONCE = 512
 """Questions whose likeness to all others is held in memory."""
 
@@ -33,13 +35,13 @@ def families(questions: Sequence[str]) -> Array:
     lengths_Q = np.sqrt(np.bincount(cells_G, weights_G**2, count)) + 1e-9
     worded = grams.matrix((weights_G / lengths_Q[cells_G]).astype(np.float32))
     turned = worded.T.tocsr()
-    pairs = np.concatenate(
-        [
-            np.argwhere((worded[start : start + _AT_ONCE] @ turned).toarray() >= TWIN) + np.array([start, 0])
-            for start in range(0, count, _AT_ONCE)
-        ]
-    )
-    twins = coo_array((np.ones(len(pairs), np.bool_), tuple(pairs.T)), (count, count))
+    pairs = []
+    for start in range(0, count, _AT_ONCE):
+        are_twins_QQ = (worded[start : start + _AT_ONCE] @ turned).toarray() >= TWIN
+        first_QQ = are_twins_QQ.cumsum(axis=1, dtype=np.int32) <= _LINKS
+        pairs.append(np.argwhere(are_twins_QQ & first_QQ) + np.array([start, 0]))
+    ones, others = np.concatenate(pairs).T
+    twins = coo_array((np.ones(len(ones), np.bool_), (ones, others)), (count, count))
     _, family_Q = connected_components(twins, directed=False)
     is_form = np.bincount(family_Q)[family_Q] > max(_LARGEST * count, 1)
     return np.where(is_form, count + np.arange(count), family_Q)
