@@ -12,6 +12,7 @@ from evals.routing.curves import PairCurve, cost_curve, pair_curve
 from evals.routing.setting import Setting
 from evals.routing.statistics import Bootstrap, Estimate
 from evals.routing.votes import Combiner, Outcome, aggregator_for, ask
+from routers.encoders import Encoder
 from routers.learned import MODELS, PROBABILITIES
 from routers.learned.artefact import model_class
 from routers.learned.base import Model
@@ -162,6 +163,17 @@ def decide_times_ms(model: Model, questions: Questions) -> Array:
         one = questions.take(np.array([row]))
         started = time.perf_counter()
         model.predict(one)
+        times.append((time.perf_counter() - started) * 1e3)
+    return np.array(times)
+
+
+async def encode_times_ms(encoder: Encoder, setting: Setting, count: int = 40) -> Array:
+    """One question at a time; the encoder remembers one text only."""
+    times = []
+    await encoder.encode(["the first text loads the model"])
+    for question in setting.test[:count]:
+        started = time.perf_counter()
+        await encoder.encode([setting.records.texts[int(question)]])
         times.append((time.perf_counter() - started) * 1e3)
     return np.array(times)
 

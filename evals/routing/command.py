@@ -127,7 +127,7 @@ async def _run(
     is_robust: bool,
 ) -> None:
     from evals.routing import report
-    from evals.routing.bench import evaluate
+    from evals.routing.bench import encode_times_ms, evaluate
     from orchestrator.build import make_encoder
     from orchestrator.commands.screen import bars
 
@@ -262,21 +262,6 @@ async def load(
             hide_tasks=hide_tasks,
             on_batch=progress.advance,
         )
-
-
-async def encode_times_ms(encoder: "Encoder", setting: "Setting", count: int = 40) -> Any:
-    """One question at a time; the encoder remembers one text only."""
-    import time
-
-    import numpy as np
-
-    times = []
-    await encoder.encode(["the first text loads the model"])
-    for question in setting.test[:count]:
-        started = time.perf_counter()
-        await encoder.encode([setting.records.texts[int(question)]])
-        times.append((time.perf_counter() - started) * 1e3)
-    return np.array(times)
 
 
 def _show(evaluation: "Evaluation", found: dict[str, Any]) -> None:

@@ -283,6 +283,14 @@ def test_keys_that_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f.todo for f in found.values()} == {"", "export ADMIN_KEY=...", "export UP_KEY=..."}
 
 
+def test_a_key_in_the_place_of_its_variable_is_not_shown() -> None:
+    case = make_case(security={"admin_key_env": "gsk_Abc123"})
+    (found,) = configuration.keys(case)
+    assert found.status == "fail"
+    assert "gsk" not in found.message + found.todo
+    assert "not the key" in found.todo
+
+
 def test_an_endpoint_that_cannot_be_reached(closed_port: int) -> None:
     url = f"http://127.0.0.1:{closed_port}/v1"
     finding = only(configuration.endpoints(case_of_endpoint(url)))

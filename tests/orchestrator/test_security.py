@@ -207,6 +207,12 @@ def test_a_missing_key_is_a_mistake_of_the_config(monkeypatch: pytest.MonkeyPatc
         KeyRing(Security(admin_key_env="ANN_KEY"))
 
 
+def test_a_key_in_the_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="not set") as caught:
+        KeyRing(Security(admin_key_env="gsk_Abc123"))
+    assert "gsk" not in repr(caught.value)
+
+
 def test_one_key_for_two_is_a_mistake(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOB_KEY", KEYS["ANN_KEY"])
     with pytest.raises(ConfigError, match="same"):

@@ -1,5 +1,6 @@
 """The stack's model and its fit: on pools whose truth is planted."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,7 +277,7 @@ def test_two_fits_are_the_same_to_the_bit(fitted: artefact.Fitted, planted: Reco
     assert np.array_equal(again.curve_XF, fitted.stack.curve_XF)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape", "stop"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "version", "nan", "shape", "stop", "hashless"])
 def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, damage: str) -> None:
     stack = fitted.stack
     if damage == "nan":
@@ -286,6 +287,12 @@ def test_a_damaged_artefact_is_refused(fitted: artefact.Fitted, tmp_path: Path, 
     if damage == "stop":
         stack = replace(stack, stop=Stop(threshold=2.0))
     artefact.save(replace(fitted, stack=stack), tmp_path)
+    if damage == "hashless":
+        head = json.loads((tmp_path / artefact.FORMAT.head).read_text())
+        del head["sha256"]
+        (tmp_path / artefact.FORMAT.head).write_text(json.dumps(head))
+        with pytest.raises(ConfigError, match="from before it held the hash"):
+            artefact.load(tmp_path)
     if damage == "missing":
         (tmp_path / artefact.FORMAT.head).unlink()
     if damage == "cut":

@@ -3,14 +3,14 @@
 A pool has more of them within itself than questions to come have among it (MMLU-Pro: four times as many). Folds drawn
 at random part them, and what remembers single questions then looks better than it is (docs/aggregators-measured.md).
 
-Legend: Q questions, G grams, N columns.
+Legend: Q questions.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from orchestrator.aggregators.stacking.grams import COLUMNS, Grams
+from orchestrator.aggregators.stacking.grams import Grams, Weighed
 from routers.records import Array
 
 TWIN = 0.8
@@ -28,16 +28,10 @@ def families(questions: Sequence[str]) -> Array:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    grams, count = Grams.of_questions(questions), len(questions)
     # What every question says tells none apart.
-    rarity_N = np.log((1 + count) / (1 + np.bincount(grams.columns_G, minlength=COLUMNS)))
-    weights_G, cells_G = rarity_N[grams.columns_G], grams.cells_G
-    lengths_Q = np.sqrt(np.bincount(cells_G, weights_G**2, count)) + 1e-9
-    worded = grams.matrix((weights_G / lengths_Q[cells_G]).astype(np.float32))
-    turned = worded.T.tocsr()
-    pairs = []
+    worded, count, pairs = Weighed(Grams.of_questions(questions), least=0.0), len(questions), []
     for start in range(0, count, _AT_ONCE):
-        are_twins_QQ = (worded[start : start + _AT_ONCE] @ turned).toarray() >= TWIN
+        are_twins_QQ = (worded.matrix[start : start + _AT_ONCE] @ worded.turned).toarray() >= TWIN
         first_QQ = are_twins_QQ.cumsum(axis=1, dtype=np.int32) <= _LINKS
         pairs.append(np.argwhere(are_twins_QQ & first_QQ) + np.array([start, 0]))
     ones, others = np.concatenate(pairs).T

@@ -8,6 +8,7 @@ G grams of all cells in a row, N columns.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
 from zlib import crc32
@@ -80,6 +81,25 @@ class Grams:
         """The sum of its grams' weights, by cell."""
         total: Array = np.bincount(self.cells_G, weights_N[self.columns_G] * self.values_G, len(self.counts_C))
         return total
+
+
+class Weighed:
+    """Grams as rows of length 1, those that few have weighing more (tf-idf); one that all have weighs ``least``."""
+
+    def __init__(self, grams: Grams, least: float = 1.0) -> None:
+        cells = max(len(grams.counts_C), 1)
+        self._idf_N = np.log((1 + cells) / (1 + np.bincount(grams.columns_G, minlength=COLUMNS))) + least
+        self.matrix = self.like(grams)
+
+    @cached_property
+    def turned(self) -> Any:
+        return self.matrix.T.tocsr()
+
+    def like(self, grams: Grams) -> Any:
+        weights_G, cells_G = grams.values_G * self._idf_N[grams.columns_G], grams.cells_G
+        lengths_C = np.sqrt(np.bincount(cells_G, weights_G**2, len(grams.counts_C)))
+        # Of length 0 is what has but grams that all have, and they weigh nothing.
+        return grams.matrix((weights_G / np.maximum(lengths_C, 1e-9)[cells_G]).astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from orchestrator.aggregators.stacking.grams import COLUMNS, Grams, Options
+from orchestrator.aggregators.stacking.grams import Grams, Options, Weighed
 from routers.records import Array
 
 HINTS = 2
@@ -87,31 +87,13 @@ class Neighbours:
         return np.stack([said_O, said_O / (weights_R @ alike_RO + _FAINT)], axis=1)
 
     @cached_property
-    def _asked(self) -> "_Weighed":
-        return _Weighed(self.asked)
+    def _asked(self) -> Weighed:
+        return Weighed(self.asked)
 
     @cached_property
-    def _options(self) -> "_Weighed":
-        return _Weighed(self.options)
+    def _options(self) -> Weighed:
+        return Weighed(self.options)
 
     @cached_property
     def _firsts_N(self) -> Array:
         return np.cumsum(self.sizes_N) - self.sizes_N
-
-
-class _Weighed:
-    """Grams as rows of length 1, those that few have weighing more."""
-
-    def __init__(self, grams: Grams) -> None:
-        cells = max(len(grams.counts_C), 1)
-        self._idf_N = np.log((1 + cells) / (1 + np.bincount(grams.columns_G, minlength=COLUMNS))) + 1
-        self.matrix = self.like(grams)
-
-    @cached_property
-    def turned(self) -> Any:
-        return self.matrix.T.tocsr()
-
-    def like(self, grams: Grams) -> Any:
-        weights_G, cells_G = grams.values_G * self._idf_N[grams.columns_G], grams.cells_G
-        lengths_C = np.sqrt(np.bincount(cells_G, weights_G**2, len(grams.counts_C)))
-        return grams.matrix((weights_G / lengths_C[cells_G]).astype(np.float32))
