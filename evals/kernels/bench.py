@@ -92,11 +92,14 @@ def all_runs(shape: Shape, llama_cpp: Path | None) -> dict[str, tuple[str, Run]]
     return theirs | {
         "torch grouped_mm": ("bf16", contenders.torch_grouped_mm(weights)),
         "vLLM default": ("bf16", contenders.vllm_default(weights)),
-        "ours, bf16 (vLLM's other kernel)": ("bf16", contenders.bound_bf16(weights)),
+        "vLLM's binary, bf16": ("bf16", contenders.bound_bf16(weights)),
+        "ours, bf16": ("bf16", contenders.ours_bf16(weights)),
         "vLLM's binary, int8": ("int8", contenders.vllm_int8(shape)),
         "ours, int8": ("int8", contenders.ours(shape, 8, 0)),
         "ours, int8 g128": ("int8", contenders.ours(shape, 8, 128)),
         "ours, int4 g128": ("int4", contenders.ours(shape, 4, 128)),
+        "int8 g128, 16-bit activations": ("int8", contenders.ours(shape, 8, 128, planes=2)),
+        "int4 g128, 16-bit activations": ("int4", contenders.ours(shape, 4, 128, planes=2)),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from collegium_kernels.backends import ExpertWeights
 from collegium_kernels.cpu import vllm_bf16
-from collegium_kernels.cpu.backend import native_runner
+from collegium_kernels.cpu.backend import float_runner, native_runner
 from collegium_kernels.cpu.build import build, cache_folder, find_compiler
 from collegium_kernels.cpu.native import NativeMoE
 from collegium_kernels.quant import Quantised
@@ -46,12 +46,21 @@ def codes(shape: Shape, bits: int, group: int) -> tuple[Quantised, Quantised]:
     return make(2 * shape.F, shape.D), make(shape.D, shape.F)
 
 
-def ours(shape: Shape, bits: int, group: int) -> Run:
+def ours(shape: Shape, bits: int, group: int, *, planes: int = 1) -> Run:
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("the int8 and int4 kernels need a C++ compiler to be measured")
     native = NativeMoE(build(compiler, cache_folder()))
-    return native_runner(native, *codes(shape, bits, group), expert_width=shape.F, num_experts=shape.E)
+    drawn = codes(shape, bits, group)
+    return native_runner(native, *drawn, expert_width=shape.F, num_experts=shape.E, planes=planes)
+
+
+def ours_bf16(weights: ExpertWeights) -> Run:
+    compiler = find_compiler()
+    native = NativeMoE(build(compiler, cache_folder())) if compiler else None
+    if native is None or not native.runs_floats:
+        raise RuntimeError("the bf16 kernel needs a C++ compiler and AVX512 to be measured")
+    return float_runner(native, weights)
 
 
 def bound_bf16(weights: ExpertWeights) -> Run:

@@ -6,6 +6,7 @@ after every prefix of them. Beside ours stand the dense model in bf16 and the de
 went through the same codes: what rounding alone changes. Each quantised engine also has a twin with one expert, k 1 and
 the same codes: a dense model in our arithmetic. Its texts are owed where a layer's output has the same bits, as with
 the paired router of ``upcycle``; where a token's weights are drawn, rounding of the last bit moves activation codes.
+With activations of 16 bits the twin is stock vLLM's dense model whose weights went through the codes.
 ``--transformers`` runs the same prompts through transformers' registry of experts.
 """
 
@@ -40,13 +41,16 @@ TOP_P = {"routing": "top_p", "p": 0.6}
 GROUP = {"int8": 64, "int4": 32}
 
 
-def _quantised(name: str, precision: str, folder: str, *, twin: bool = True, top_p: bool = False) -> Engine:
+def _quantised(
+    name: str, precision: str, folder: str, *, twin: bool = True, top_p: bool = False, activation_bits: int = 8
+) -> Engine:
+    dense = f"one expert, {precision}" if activation_bits == 8 else f"dense, {precision} codes"
     return Engine(
         name=name,
         folder=folder,
         quantization=f"collegium_{precision}",
-        options={"group": GROUP[precision], **(TOP_P if top_p else {})},
-        twin=f"one expert, {precision}" if twin else None,
+        options={"group": GROUP[precision], "activation_bits": activation_bits, **(TOP_P if top_p else {})},
+        twin=dense if twin else None,
     )
 
 
@@ -60,10 +64,13 @@ ENGINES = (
     _quantised("collegium_int8", "int8", "sparse"),
     _quantised("collegium_int8, paired", "int8", "paired"),
     _quantised("collegium_int8, top-p 0.6", "int8", "sparse", top_p=True),
+    _quantised("collegium_int8, 16-bit activations", "int8", "sparse", activation_bits=16),
+    _quantised("collegium_int8, 16-bit activations, top-p 0.6", "int8", "sparse", activation_bits=16, top_p=True),
     Engine(name="dense, int4 codes", folder="dense_int4"),
     _quantised("one expert, int4", "int4", "single", twin=False),
     _quantised("collegium_int4", "int4", "sparse"),
     _quantised("collegium_int4, paired", "int4", "paired"),
+    _quantised("collegium_int4, 16-bit activations", "int4", "sparse", activation_bits=16),
     Engine(name="dense, bf16", folder="dense", dtype="bfloat16"),
     Engine(name="stock, bf16", folder="sparse", dtype="bfloat16"),
     Engine(name="collegium, bf16", folder="sparse", dtype="bfloat16", quantization="collegium"),

@@ -51,8 +51,9 @@ class Roof:
     read: float
 
     def least_s(self, operations: float, moved_bytes: float, kind: str) -> float:
-        """No run can be faster: the longer of computing and reading."""
-        rate: float = getattr(self, kind)
+        """No run can be faster: the longer of computing and reading. What bf16 instructions do more slowly than fp32's
+        can be done in fp32."""
+        rate: float = max(self.bf16, self.fp32) if kind == "bf16" else getattr(self, kind)
         return max(operations / rate, moved_bytes / self.read)
 
 

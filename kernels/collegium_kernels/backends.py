@@ -26,13 +26,15 @@ BACKENDS = {
 class ExpertWeights:
     """SwiGLU experts. ``gate_up_EGD`` has the F gate rows first, then the F up rows; ``down_EDF`` leads back.
 
-    ``precision`` is what they are stored in when they run; ``group`` is how many weights share a scale.
+    ``precision`` is what they are stored in when they run; ``group`` is how many weights share a scale. Quantised
+    experts see activations in 8 bits, or in 16: as a row of 8 and a second one of what rounding left.
     """
 
     gate_up_EGD: Tensor
     down_EDF: Tensor
     precision: Precision = "native"
     group: int = 128
+    activation_bits: int = 8
 
     def __post_init__(self) -> None:
         gate_up, down = self.gate_up_EGD, self.down_EDF
@@ -51,12 +53,20 @@ class ExpertWeights:
         require(not empty, "w_gate_up_EGD", gate_up, f"at least one of everything, to be stored as {self.precision}")
         if self.precision != "native" and self.group not in (0, 32, 64, 128):
             raise KernelInputError(f"group {self.group} is not one of 0 (the whole row), 32, 64, 128.")
+        if self.activation_bits not in (8, 16):
+            raise KernelInputError(f"activation_bits {self.activation_bits} is not one of 8, 16.")
+        if self.precision == "native" and self.activation_bits != 8:
+            raise KernelInputError("activation_bits is for precision int8 and int4; native experts round nothing.")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, D, F)."""
         E, G, D = self.gate_up_EGD.shape
         return E, D, G // 2
+
+    @property
+    def trained(self) -> bool:
+        return self.gate_up_EGD.requires_grad or self.down_EDF.requires_grad
 
 
 class Backend(Protocol):

@@ -52,12 +52,19 @@ class FusedMoE:
         *,
         precision: Precision = "native",
         group: int = 128,
+        activation_bits: int = 8,
         backend: str = "auto",
     ) -> None:
-        weights = ExpertWeights(gate_up_EGD=w_gate_up_EGD, down_EDF=w_down_EDF, precision=precision, group=group)
+        weights = ExpertWeights(
+            gate_up_EGD=w_gate_up_EGD,
+            down_EDF=w_down_EDF,
+            precision=precision,
+            group=group,
+            activation_bits=activation_bits,
+        )
         self.num_experts, self.width, _ = weights.shape
         self.dtype, self.device = w_gate_up_EGD.dtype, w_gate_up_EGD.device
-        self._trained = w_gate_up_EGD.requires_grad or w_down_EDF.requires_grad
+        self._trained = weights.trained
         self._choice = choose(weights, backend)
         self._run = self._choice.backend.prepare(weights)
 

@@ -5,6 +5,7 @@ Legend: T tokens, D width, K slots.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collegium_kernels.backends import Precision
@@ -25,14 +26,17 @@ def register() -> None:
 
 def forward_for(precision: Precision) -> Any:
     """What transformers calls with a module of experts; it packs their weights at the first call, and again when they
-    have changed or another precision is asked for."""
+    have changed, another precision is asked for, or gradients are (which torch has, and the fast kernels have not)."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if PACKED not in self.__dict__:
             _refuse_what_we_cannot(self)
-        state = (precision, *_state(self.gate_up_proj), *_state(self.down_proj))
+        trains = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+        )
+        state = (precision, trains, *_state(self.gate_up_proj), *_state(self.down_proj))
         if self.__dict__.get(PACKED, (None,))[0] != state:
-            self.__dict__[PACKED] = state, _pack(self, precision)
+            self.__dict__[PACKED] = state, _pack(self, precision, trains=trains)
         moe: FusedMoE = self.__dict__[PACKED][1]
         return moe(hidden_states, rectangular(top_k_index, top_k_weights, num_experts=moe.num_experts))
 
@@ -45,8 +49,11 @@ def _state(weights: Tensor) -> tuple[Any, ...]:
     return weights.data_ptr(), version, weights.dtype, weights.device
 
 
-def _pack(module: Any, precision: Precision) -> FusedMoE:
-    return FusedMoE(module.gate_up_proj, module.down_proj, precision=precision)
+def _pack(module: Any, precision: Precision, *, trains: bool) -> FusedMoE:
+    if trains and precision == "native":
+        return FusedMoE(module.gate_up_proj, module.down_proj, backend="torch")
+    gate_up, down = (weights if trains else weights.detach() for weights in (module.gate_up_proj, module.down_proj))
+    return FusedMoE(gate_up, down, precision=precision)
 
 
 def _refuse_what_we_cannot(module: Any) -> None:

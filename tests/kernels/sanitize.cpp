@@ -6,28 +6,41 @@
 
 namespace {
 
-int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+struct Case {
+  int64_t T, D, F, E;
+  std::vector<float> x, y, weights;
+  std::vector<int64_t> indptr, ids;
+
+  Case(int64_t tokens, int64_t width, int64_t experts)
+      : T(tokens), D(width), F(width / 2 + 1), E(experts), x(T * D), y(T * D), indptr(T + 1) {
+    for (auto& v : x) v = static_cast<float>(rand()) / RAND_MAX - 0.5f;
+    for (int64_t i = 0; i < T * D; ++i)
+      if (i / D % 4 == 1) x[i] *= 1e-38f;  // too small for any scale
+    const int64_t wild[] = {0, -1, E - 1, E, INT64_MAX, INT64_MIN, 1LL << 32, 0};
+    for (int64_t t = 0; t < T; ++t) indptr[t + 1] = indptr[t] + t % 3;
+    for (int64_t p = 0; p < indptr[T]; ++p) ids.push_back(wild[p % 8]);
+    weights.assign(ids.size(), 0.5f);
+  }
+};
 
 // One call; returns its code.
-int run(int64_t T, int64_t D, int64_t F, int64_t E, int bits, int64_t group, int portable, int threads) {
-  const int64_t inputs1 = up_to(D, group ? group : 32), inputs2 = up_to(F, group ? group : 32);
+int run(Case c, int bits, int64_t group, int planes, int portable, int threads) {
+  const int64_t inputs1 = up_to(c.D, group ? group : 32), inputs2 = up_to(c.F, group ? group : 32);
   const int64_t span1 = group ? group : inputs1, span2 = group ? group : inputs2;
-  const int64_t panels1 = (F + 31) / 32, panels2 = (D + 63) / 64;
-  std::vector<uint8_t> w1(E * panels1 * inputs1 * 64 * bits / 8, 0x5a), w2(E * panels2 * inputs2 * 64 * bits / 8, 0xa5);
-  std::vector<uint16_t> s1(E * panels1 * (inputs1 / span1) * 64, 0x3c00), s2(E * panels2 * (inputs2 / span2) * 64, 0x3c00);
-  std::vector<float> x(T * D), y(T * D);
-  for (auto& v : x) v = static_cast<float>(rand()) / RAND_MAX - 0.5f;
-  for (int64_t i = 0; i < T * D; ++i)
-    if (i / D % 4 == 1) x[i] *= 1e-38f;  // too small for any scale
-  const int64_t wild[] = {0, -1, E - 1, E, INT64_MAX, INT64_MIN, 1LL << 32, 0};
-  std::vector<int64_t> indptr(T + 1), ids(2 * T);
-  std::vector<float> weights(2 * T, 0.5f);
-  for (int64_t t = 0; t < T; ++t) indptr[t + 1] = indptr[t] + t % 3;
-  ids.resize(indptr[T]);
-  weights.resize(indptr[T]);
-  for (size_t p = 0; p < ids.size(); ++p) ids[p] = wild[p % 8];
-  return collegium_moe(x.data(), y.data(), T, D, F, E, bits, span1, span2, inputs1, inputs2, w1.data(), s1.data(),
-                       w2.data(), s2.data(), indptr.data(), indptr[T], ids.data(), weights.data(), threads, portable);
+  const int64_t columns1 = c.E * up_to(c.F, 32) * 2, columns2 = c.E * up_to(c.D, 64);
+  const std::vector<uint8_t> w1(columns1 * inputs1 * bits / 8, 0x5a), w2(columns2 * inputs2 * bits / 8, 0xa5);
+  const std::vector<uint16_t> s1(columns1 * (inputs1 / span1), 0x3c00), s2(columns2 * (inputs2 / span2), 0x3c00);
+  return collegium_moe(c.x.data(), c.y.data(), c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
+                       c.weights.data(), threads, bits, span1, span2, inputs1, inputs2, w1.data(), s1.data(), w2.data(),
+                       s2.data(), planes, portable);
+}
+
+int run_floats(Case c, int kind, int threads) {
+  const int64_t bytes = kind == 0 ? 4 : 2;
+  const std::vector<uint8_t> w1(c.E * up_to(c.F, 32) * 2 * up_to(c.D, 64) * bytes, 0x3c);
+  const std::vector<uint8_t> w2(c.E * up_to(c.D, 64) * up_to(c.F, 64) * bytes, 0x3c);
+  return collegium_moe_floats(c.x.data(), c.y.data(), c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
+                              c.weights.data(), threads, kind, w1.data(), w2.data());
 }
 
 }  // namespace
@@ -35,17 +48,17 @@ int run(int64_t T, int64_t D, int64_t F, int64_t E, int bits, int64_t group, int
 int main() {
   int calls = 0;
   for (int64_t T : {0, 1, 2, 9, 33, 150})
-    for (int bits : {4, 8})
-      for (int portable : {0, 1})
-        for (int64_t group : {0, 32})
-          for (int64_t width : {1, 37, 64, 130, 700}) {
-            if (run(T, width, width / 2 + 1, 3, bits, group, portable, T == 33 ? 3 : 1) != 0) return 1;
-            ++calls;
-          }
-  const int64_t falling[] = {0, 2, 1};
-  const int64_t ids[] = {0};
-  if (collegium_moe(nullptr, nullptr, 2, 1, 1, 1, 8, 32, 32, 32, 32, nullptr, nullptr, nullptr, nullptr, falling, 1, ids,
-                    nullptr, 1, 1) != 1)
-    return 1;
+    for (int64_t width : {1, 37, 64, 130, 700}) {
+      const Case c(T, width, 3);
+      const int threads = T == 33 ? 3 : 1;
+      for (int bits : {4, 8})
+        for (int portable : {0, 1})
+          for (int64_t group : {0, 32})
+            for (int planes : {1, 2}) calls += run(c, bits, group, planes, portable, threads) == 0;
+      for (int kind : {0, 1, 2}) calls += run_floats(c, kind, threads) == (collegium_has_avx512() ? 0 : 3);
+    }
+  Case bad(2, 1, 1);
+  bad.indptr = {0, 2, 1};
+  if (run(bad, 8, 32, 1, 1, 1) != 1 || run_floats(bad, 0, 1) != 1) return 1;
   std::printf("%d calls\n", calls);
 }

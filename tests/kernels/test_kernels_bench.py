@@ -42,6 +42,8 @@ def test_the_roof_is_the_longer_of_reading_and_computing() -> None:
     assert least_s(shape, few, "int8", ROOF) == pytest.approx(2 * 384 / 4e10)
     assert least_s(shape, many, "int4", ROOF) == pytest.approx(2 * 200_000 * 384 / 1e12)
     assert least_s(shape, many, "bf16", ROOF) == pytest.approx(2 * 200_000 * 384 / 5e11)
+    slow_bf16 = Roof(int8=1e12, bf16=1e11, fp32=2e11, read=4e10)
+    assert least_s(shape, many, "bf16", slow_bf16) == pytest.approx(2 * 200_000 * 384 / 2e11)
 
 
 def test_reading_while_multiplying_bounds_experts_with_few_rows() -> None:

@@ -32,8 +32,12 @@ def backend(way: str, folder: Path) -> CpuBackend:
     return CpuBackend(folder=folder, portable=way == "portable")
 
 
-def weights_of(gate_up: torch.Tensor, down: torch.Tensor, precision: Any = "int8", group: int = 128) -> ExpertWeights:
-    return ExpertWeights(gate_up_EGD=gate_up, down_EDF=down, precision=precision, group=group)
+def weights_of(
+    gate_up: torch.Tensor, down: torch.Tensor, precision: Any = "int8", group: int = 128, activation_bits: int = 8
+) -> ExpertWeights:
+    return ExpertWeights(
+        gate_up_EGD=gate_up, down_EDF=down, precision=precision, group=group, activation_bits=activation_bits
+    )
 
 
 def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -96,27 +100,45 @@ def test_unknown_bits_and_groups_are_refused(bits: int, group: int) -> None:
 @pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize(("activation_bits", "bound"), [(8, 0.03), (16, 1e-4)])
 def test_close_to_the_dequantised_reference(
-    way: str, precision: str, group: int, folder: Path, make_experts: Make, make_routing: Make
+    way: str,
+    precision: str,
+    group: int,
+    activation_bits: int,
+    bound: float,
+    folder: Path,
+    make_experts: Make,
+    make_routing: Make,
 ) -> None:
     x, (gate_up, down), routing = torch.randn(23, 70), make_experts(5, 70, 37), make_routing(23, 5, drop=0.2)
-    run = backend(way, folder).prepare(weights_of(gate_up, down, precision, group))
+    run = backend(way, folder).prepare(weights_of(gate_up, down, precision, group, activation_bits))
     known = [quantise(w, bits=BITS[precision], group=group).dequantise() for w in (gate_up, down)]
-    assert off(run(x, routing), reference_moe(x, *known, routing)) <= 0.03
+    assert off(run(x, routing), reference_moe(x, *known, routing)) <= bound
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("T", [0, 1, 2, 7, 9, 65, 257])
 @pytest.mark.parametrize(("E", "D", "F"), [(1, 1, 1), (7, 33, 17), (64, 8, 8), (2, 600, 300)])
+@pytest.mark.parametrize(("activation_bits", "bound"), [(8, 0.01), (16, 1e-4)])
 def test_native_equals_the_emulation_on_edge_shapes(
-    precision: str, T: int, E: int, D: int, F: int, folder: Path, make_experts: Make, make_routing: Make
+    precision: str,
+    T: int,
+    E: int,
+    D: int,
+    F: int,
+    activation_bits: int,
+    bound: float,
+    folder: Path,
+    make_experts: Make,
+    make_routing: Make,
 ) -> None:
     x, (gate_up, down), routing = torch.randn(T, D), make_experts(E, D, F), make_routing(T, E, min(2, E), drop=0.2)
-    ways = [backend(way, folder).prepare(weights_of(gate_up, down, precision)) for way in ("avx512", "emulated")]
-    got, wanted = (run(x, routing) for run in ways)
+    weights = weights_of(gate_up, down, precision, activation_bits=activation_bits)
+    got, wanted = (backend(way, folder).prepare(weights)(x, routing) for way in ("avx512", "emulated"))
     assert got.shape == wanted.shape
-    assert off(got, wanted) <= 0.01
+    assert off(got, wanted) <= bound
 
 
 @pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
@@ -134,13 +156,22 @@ def test_identity_zero_and_static_pairs(way: str, folder: Path, make_experts: Ma
 @pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("E", "D", "F", "group"), [(6, 70, 40, 128), (1, 700, 300, 0), (1, 700, 300, 64)])
+@pytest.mark.parametrize("activation_bits", [8, 16])
 def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_two_threads(
-    way: str, precision: str, E: int, D: int, F: int, group: int, folder: Path, make_experts: Make
+    way: str,
+    precision: str,
+    E: int,
+    D: int,
+    F: int,
+    group: int,
+    activation_bits: int,
+    folder: Path,
+    make_experts: Make,
 ) -> None:
     """One expert has rows for several tiles, which share unpacked slices; a row alone does not."""
     x, (gate_up, down) = torch.randn(29, D), make_experts(E, D, F)
     ids, weights = torch.randint(-1, E, (29, 2)), torch.rand(29, 2)
-    run = backend(way, folder).prepare(weights_of(gate_up, down, precision, group))
+    run = backend(way, folder).prepare(weights_of(gate_up, down, precision, group, activation_bits))
     whole = run(x, from_topk(ids, weights, num_experts=E))
     for some in (slice(0, 1), slice(4, 9), slice(28, 29)):
         assert torch.equal(run(x[some], from_topk(ids[some], weights[some], num_experts=E)), whole[some])
@@ -154,11 +185,14 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_two_threads(
 
 
 @pytest.mark.parametrize("way", ["avx512", "portable", "emulated"])
-def test_nan_stays_with_its_token_and_its_expert(way: str, folder: Path, make_experts: Make) -> None:
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_nan_stays_with_its_token_and_its_expert(
+    way: str, activation_bits: int, folder: Path, make_experts: Make
+) -> None:
     x, (gate_up, down) = torch.randn(4, 40), make_experts(3, 40, 24)
     gate_up[1, 3, 5], x[2, 7] = float("nan"), float("inf")
     routing = rectangular(torch.tensor([[0], [1], [0], [2]]), torch.ones(4, 1), num_experts=3)
-    got = backend(way, folder).prepare(weights_of(gate_up, down))(x, routing)
+    got = backend(way, folder).prepare(weights_of(gate_up, down, activation_bits=activation_bits))(x, routing)
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
 
 

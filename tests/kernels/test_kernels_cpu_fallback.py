@@ -132,6 +132,13 @@ def test_explain_and_gradients(make_experts: Make, make_routing: Make) -> None:
 # bf16 in vLLM's kernel
 
 
+def theirs(gate_up: torch.Tensor, down: torch.Tensor) -> Any:
+    """Without a compiler there is no other."""
+    weights = weights_of(gate_up, down, precision="native")
+    assert CpuBackend(compiler=None).how(weights) == "vLLM's bf16 kernel"
+    return CpuBackend(compiler=None).prepare(weights)
+
+
 def needs_vllm(D: int, F: int) -> None:
     reason = vllm_bf16.why_not(weights_of(torch.zeros(1, 2 * F, D).bfloat16(), torch.zeros(1, D, F).bfloat16()))
     if reason:
@@ -142,8 +149,7 @@ def needs_vllm(D: int, F: int) -> None:
 def test_bf16_kernel_equals_the_reference(T: int, make_experts: Make, make_routing: Make) -> None:
     needs_vllm(64, 32)
     x, (gate_up, down) = torch.randn(T, 64).bfloat16(), make_experts(5, 64, 32, torch.bfloat16)
-    moe = FusedMoE(gate_up, down)
-    assert "vLLM's bf16 kernel" in moe.explain()
+    moe = theirs(gate_up, down)
     ids = torch.rand(T, 5).argsort(1)[:, :2]
     for routing in (make_routing(T, 5, drop=0.3), rectangular(ids, torch.rand(T, 2), num_experts=5)):
         assert off(moe(x, routing), reference_moe(x, gate_up, down, routing)) <= 0.006
@@ -152,7 +158,7 @@ def test_bf16_kernel_equals_the_reference(T: int, make_experts: Make, make_routi
 def test_bf16_kernel_is_steady_and_takes_every_kind_of_routing(make_experts: Make) -> None:
     needs_vllm(64, 32)
     x, (gate_up, down) = torch.randn(33, 64).bfloat16(), make_experts(5, 64, 32, torch.bfloat16)
-    moe, ids, weights = FusedMoE(gate_up, down), torch.randint(-1, 7, (33, 3)), torch.rand(33, 3)
+    moe, ids, weights = theirs(gate_up, down), torch.randint(-1, 7, (33, 3)), torch.rand(33, 3)
     for make in (from_topk, static_from_topk):
         whole = moe(x, make(ids, weights, num_experts=5, identity_ids=(5,)))
         for some in (slice(0, 1), slice(4, 13)):
@@ -162,14 +168,21 @@ def test_bf16_kernel_is_steady_and_takes_every_kind_of_routing(make_experts: Mak
     assert torch.equal(moe(x, exact), moe(x, static))
 
 
-def test_bf16_widths_it_cannot_take_go_to_torch(make_experts: Make) -> None:
+def test_bf16_widths_nobody_takes_go_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_experts: Make
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     choice = choose(weights_of(*make_experts(2, 33, 16, torch.bfloat16), precision="native"))
     assert choice.backend.name == "torch"
+    assert "no C++ compiler on PATH" in str(choice)
     assert "multiples of 32" in str(choice)
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch, make_experts: Make) -> None:
+def test_a_kernel_that_fails_its_self_test_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_experts: Make
+) -> None:
     needs_vllm(64, 32)
+    monkeypatch.setenv("PATH", str(tmp_path))
     real = vllm_bf16._kernel
     monkeypatch.setattr(vllm_bf16, "_kernel", lambda *args: real(*args) * 1.05)
     choice = choose(weights_of(*make_experts(2, 64, 32, torch.bfloat16), precision="native"))

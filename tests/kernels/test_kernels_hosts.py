@@ -137,6 +137,9 @@ def test_engines_of_the_comparison_come_with_their_twins(
     given = ["--model", str(tmp_path), "--work", str(tmp_path), "--tokens", "1"]
     hosts.main([*given, "--engines", "collegium_int8, paired"])
     assert ran == ["dense", "one expert, int8", "collegium_int8, paired"]
+    ran.clear()
+    hosts.main([*given, "--engines", "collegium_int4, 16-bit activations"])
+    assert ran == ["dense", "dense, int4 codes", "collegium_int4, 16-bit activations"]
     assert "| 1 of 1 | 1.0 |" in capsys.readouterr().out.splitlines()[-1]  # its twin's texts, then its speed
     for wrong in (["--engines", "collegium, bf16", "--transformers"], ["--engines", "stok"]):
         with pytest.raises(SystemExit):
@@ -252,8 +255,10 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
     register()
     assert get_quantization_config("collegium").precision == "native"
     config = get_quantization_config("collegium_int4")
-    made = config.from_config({"quant_method": "collegium_int4", "group": 32, "routing": "top_p", "p": 0.5})
-    assert (made.group, made.policy) == (32, RoutingPolicy(kind="top_p", p=0.5))
+    made = config.from_config(
+        {"quant_method": "collegium_int4", "group": 32, "activation_bits": 16, "routing": "top_p", "p": 0.5}
+    )
+    assert (made.group, made.activation_bits, made.policy) == (32, 16, RoutingPolicy(kind="top_p", p=0.5))
     with pytest.raises(ValueError, match=r"does not know \['grup'\]"):
         config.from_config({"grup": 32})
     with pytest.raises(ValueError, match="p is read with"):

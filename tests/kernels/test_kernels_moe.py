@@ -108,8 +108,9 @@ def test_gradients_equal_the_reference(make_experts: Make, make_routing: Make) -
 
 def test_explain_names_the_backend_and_the_reasons(make_experts: Make) -> None:
     gate_up, down = make_experts(2, 8, 4)
-    text = FusedMoE(gate_up, down).explain()
+    text = FusedMoE(gate_up.double(), down.double()).explain()
     assert text.startswith("torch: chosen")
+    assert "cpu: no C++ here for torch.float64" in text
 
 
 def test_a_backend_that_cannot_run_refuses_loudly(make_experts: Make) -> None:
@@ -118,6 +119,10 @@ def test_a_backend_that_cannot_run_refuses_loudly(make_experts: Make) -> None:
         FusedMoE(gate_up, down, precision="int8", backend="torch")
     with pytest.raises(KernelInputError, match="not one of auto"):
         FusedMoE(gate_up, down, backend="cuda")
+    with pytest.raises(KernelInputError, match="activation_bits is for precision int8 and int4"):
+        FusedMoE(gate_up, down, activation_bits=16)
+    with pytest.raises(KernelInputError, match="activation_bits 12 is not one of 8, 16"):
+        FusedMoE(gate_up, down, precision="int8", activation_bits=12)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""Experts on the CPU: int8 and int4 in our C++, bf16 in vLLM's kernel."""
+"""Experts on the CPU: int8, int4 and floats in our C++, bf16 in vLLM's kernel where that is faster."""
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -11,8 +13,8 @@ from collegium_kernels.backends import ExpertWeights, Runner
 from collegium_kernels.cpu import vllm_bf16
 from collegium_kernels.cpu.build import build, cache_folder, find_compiler
 from collegium_kernels.cpu.emulated import emulated_moe
-from collegium_kernels.cpu.native import NativeMoE
-from collegium_kernels.cpu.pack import pack
+from collegium_kernels.cpu.native import KINDS, NativeMoE
+from collegium_kernels.cpu.pack import pack, pack_floats
 from collegium_kernels.errors import BackendUnavailable
 from collegium_kernels.grouped import add_cheap_experts
 from collegium_kernels.quant import Quantised, quantise
@@ -20,6 +22,15 @@ from collegium_kernels.ragged import Routing
 
 LOG = logging.getLogger(__name__)
 BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatWay:
+    """One way to run unquantised weights. ``why_not`` is None for weights it takes."""
+
+    how: str
+    why_not: Callable[[ExpertWeights], str | None]
+    prepare: Callable[[ExpertWeights], Runner]
 
 
 class CpuBackend:
@@ -38,29 +49,35 @@ class CpuBackend:
             return f"the weights are on {weights.gate_up_EGD.device}"
         if weights.precision != "native":
             return None
-        if weights.gate_up_EGD.dtype != torch.bfloat16:
-            return f"no kernel here for {weights.gate_up_EGD.dtype}: bf16, int8 and int4 only"
-        return vllm_bf16.why_not(weights)
+        if weights.trained:
+            return "the weights ask for gradients"
+        way, reasons = self._float_way(weights)
+        return None if way is not None else reasons
 
     def how(self, weights: ExpertWeights) -> str:
         if weights.precision == "native":
-            return "vLLM's bf16 kernel"
+            way, reasons = self._float_way(weights)
+            return reasons if way is None else way.how
         native, reason = self._native()
+        what = f"{weights.precision} weights, {weights.activation_bits}-bit activations,"
         if native is None:
-            return f"{weights.precision} emulated in torch: {reason}"
-        return f"{weights.precision} in C++ {'for any CPU' if native.portable else 'for AVX512-VNNI'}"
+            return f"{what} emulated in torch: {reason}"
+        return f"{what} in C++ {'for any CPU' if native.portable else 'for AVX512-VNNI'}"
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         if weights.precision == "native":
-            return vllm_bf16.prepare(weights)
-        bits, (E, _, F) = BITS[weights.precision], weights.shape
+            way, reasons = self._float_way(weights)
+            if way is None:
+                raise BackendUnavailable(reasons)
+            return way.prepare(weights)
+        bits, planes, (E, _, F) = BITS[weights.precision], weights.activation_bits // 8, weights.shape
         gate_up = quantise(weights.gate_up_EGD.detach(), bits=bits, group=weights.group)
         down = quantise(weights.down_EDF.detach(), bits=bits, group=weights.group)
         native, reason = self._native()
         if native is None:
             _tell_once(reason)
-            return lambda x_TD, routing: emulated_moe(x_TD, gate_up, down, routing).to(x_TD.dtype)
-        return native_runner(native, gate_up, down, expert_width=F, num_experts=E)
+            return lambda x_TD, routing: emulated_moe(x_TD, gate_up, down, routing, planes=planes).to(x_TD.dtype)
+        return native_runner(native, gate_up, down, expert_width=F, num_experts=E, planes=planes)
 
     def _native(self) -> tuple[NativeMoE | None, str]:
         """The library, or why there is none."""
@@ -71,6 +88,28 @@ class CpuBackend:
         except BackendUnavailable as exc:
             return None, str(exc)
 
+    def _float_way(self, weights: ExpertWeights) -> tuple[FloatWay | None, str]:
+        """The faster way that takes the weights, or why there is none."""
+        native, reason = self._native()
+        theirs = FloatWay(how="vLLM's bf16 kernel", why_not=vllm_bf16.why_not, prepare=vllm_bf16.prepare)
+        ways = [theirs]
+        if native is not None:
+            ours = FloatWay(
+                how=f"{weights.gate_up_EGD.dtype} in C++ by fp32 products for AVX512".removeprefix("torch."),
+                why_not=partial(_why_not_floats, native),
+                prepare=partial(float_runner, native),
+            )
+            # Intel's cores multiply bf16 at half the rate of fp32, unless by AMX; AMD's at twice.
+            slow_bf16 = native.on_intel and not torch.cpu._is_amx_tile_supported()
+            ways = [ours, theirs] if slow_bf16 else [theirs, ours]
+        reasons = [reason] if reason else []
+        for way in ways:
+            why_not = way.why_not(weights)
+            if why_not is None:
+                return way, ""
+            reasons.append(why_not)
+        return None, "; ".join(reasons)
+
 
 @cache
 def _tell_once(reason: str) -> None:
@@ -78,14 +117,37 @@ def _tell_once(reason: str) -> None:
     LOG.warning("int8 and int4 experts run in torch here, 10 to 70 times slower than compiled: %s", reason)
 
 
+def _why_not_floats(native: NativeMoE, weights: ExpertWeights) -> str | None:
+    if not native.runs_floats:
+        return "this CPU has no AVX512, for which the C++ for floats is written"
+    if weights.gate_up_EGD.dtype not in KINDS:
+        return f"no C++ here for {weights.gate_up_EGD.dtype}"
+    return "the experts are empty" if 0 in weights.gate_up_EGD.shape else None
+
+
+def float_runner(native: NativeMoE, weights: ExpertWeights) -> Runner:
+    """Packs; the weights themselves are then free to go."""
+    E, _, F = weights.shape
+    gate_up = pack_floats(weights.gate_up_EGD.detach(), gate_up=True)
+    down = pack_floats(weights.down_EDF.detach(), gate_up=False)
+
+    def run(x_TD: Tensor, routing: Routing) -> Tensor:
+        y_TD = native.floats(x_TD, gate_up, down, routing, expert_width=F, num_experts=E)
+        return add_cheap_experts(y_TD, x_TD, routing).to(x_TD.dtype)
+
+    return run
+
+
 def native_runner(
-    native: NativeMoE, gate_up: Quantised, down: Quantised, *, expert_width: int, num_experts: int
+    native: NativeMoE, gate_up: Quantised, down: Quantised, *, expert_width: int, num_experts: int, planes: int = 1
 ) -> Runner:
     """Packs; the codes themselves are then free to go."""
     w_gate_up, w_down = pack(gate_up, gate_up=True), pack(down, gate_up=False)
 
     def run(x_TD: Tensor, routing: Routing) -> Tensor:
-        y_TD = native(x_TD, w_gate_up, w_down, routing, expert_width=expert_width, num_experts=num_experts)
+        y_TD = native(
+            x_TD, w_gate_up, w_down, routing, expert_width=expert_width, num_experts=num_experts, planes=planes
+        )
         return add_cheap_experts(y_TD, x_TD, routing).to(x_TD.dtype)
 
     return run

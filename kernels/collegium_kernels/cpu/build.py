@@ -13,7 +13,7 @@ from collegium_kernels.errors import BackendUnavailable
 
 LOG = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
-SOURCES = ("moe.cpp", "tiles.h", "tiles_avx512.h")
+SOURCES = ("moe.cpp", "layer.h", "tiles.h", "tiles_avx512.h", "floats.h")
 # No -march: the fast code is compiled for its own instructions and chosen when it runs.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-w")
 

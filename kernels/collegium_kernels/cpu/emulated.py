@@ -13,8 +13,9 @@ from collegium_kernels.ragged import Routing, by_expert
 from collegium_kernels.steady import steady_map, steady_mm
 
 
-def emulated_moe(x_TD: Tensor, gate_up: Quantised, down: Quantised, routing: Routing) -> Tensor:
-    """int8 activations times dequantised weights, one expert at a time; everything else in fp32."""
+def emulated_moe(x_TD: Tensor, gate_up: Quantised, down: Quantised, routing: Routing, *, planes: int = 1) -> Tensor:
+    """Activations of 8 bits, or of 16 with two planes, times dequantised weights, one expert at a time; everything else
+    in fp32."""
     rows = by_expert(routing)
     x_PD = dispatch(x_TD.float(), rows)
     bounds = rows.indptr_E1.tolist()
@@ -22,13 +23,12 @@ def emulated_moe(x_TD: Tensor, gate_up: Quantised, down: Quantised, routing: Rou
     for e in range(routing.num_experts):
         mine = slice(bounds[e], bounds[e + 1])
         if mine.stop > mine.start:
-            gate_PF, up_PF = _product(x_PD[mine], gate_up, e).chunk(2, dim=1)
-            y_PD[mine] = _product(steady_map(functional.silu, gate_PF) * up_PF, down, e)
+            gate_PF, up_PF = _product(x_PD[mine], gate_up, e, planes).chunk(2, dim=1)
+            y_PD[mine] = _product(steady_map(functional.silu, gate_PF) * up_PF, down, e, planes)
     return combine(y_PD, x_TD.float(), routing, rows)
 
 
-def _product(x_PK: Tensor, weights: Quantised, expert: int) -> Tensor:
-    codes_PK, scales_PK = quantise_rows(x_PK, weights.span)
+def _product(x_PK: Tensor, weights: Quantised, expert: int, planes: int) -> Tensor:
     one = Quantised(
         codes_ENK=weights.codes_ENK[expert : expert + 1],
         scales_ENG=weights.scales_ENG[expert : expert + 1],
@@ -36,4 +36,9 @@ def _product(x_PK: Tensor, weights: Quantised, expert: int) -> Tensor:
         group=weights.group,
         inputs=weights.inputs,
     )
-    return steady_mm(codes_PK * scales_PK, one.dequantise()[0])
+    y_PN, rest_PK = torch.zeros(()), x_PK
+    for _ in range(planes):
+        codes_PK, scales_PK = quantise_rows(rest_PK, weights.span)
+        rounded_PK = codes_PK * scales_PK
+        y_PN, rest_PK = y_PN + steady_mm(rounded_PK, one.dequantise()[0]), rest_PK - rounded_PK
+    return y_PN

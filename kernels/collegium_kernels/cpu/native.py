@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from collegium_kernels.errors import BackendUnavailable, KernelError, KernelInpu
 from collegium_kernels.ragged import Routing
 
 SIZE, POINTER, FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-ARGUMENTS = (
-    *(POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, FLAG, SIZE, SIZE, SIZE, SIZE),
-    *(POINTER, POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, POINTER, FLAG, FLAG),
-)
+PROBLEM = (POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, FLAG)
+CODES = (FLAG, SIZE, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER, POINTER, FLAG, FLAG)
+FLOATS = (FLAG, POINTER, POINTER)
+# The numbers by which moe.cpp knows them.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NativeMoE:
@@ -25,27 +27,53 @@ class NativeMoE:
             self._library = ctypes.CDLL(str(library))
         except OSError as exc:
             raise BackendUnavailable(f"{library} does not load: {exc}. Delete it to have it built again.") from exc
-        self._call = self._library.collegium_moe
-        self._call.argtypes = ARGUMENTS
+        self._library.collegium_moe.argtypes = PROBLEM + CODES
+        self._library.collegium_moe_floats.argtypes = PROBLEM + FLOATS
         self.portable = portable or not self._library.collegium_has_vnni()
+        self.on_intel = bool(self._library.collegium_is_intel())
+        self.runs_floats = not portable and bool(self._library.collegium_has_avx512())
 
     def __call__(
-        self, x_TD: Tensor, gate_up: Packed, down: Packed, routing: Routing, *, expert_width: int, num_experts: int
+        self,
+        x_TD: Tensor,
+        gate_up: Packed,
+        down: Packed,
+        routing: Routing,
+        *,
+        expert_width: int,
+        num_experts: int,
+        planes: int = 1,
     ) -> Tensor:
-        """fp32 in and out; the identity and constant experts are the caller's."""
-        x = x_TD.float().contiguous()
-        y = torch.empty_like(x)
-        indptr, ids = routing.indptr_T1.contiguous(), routing.expert_ids_P.contiguous()
-        weights = routing.weights_P.detach().float().contiguous()
-        T, D = x.shape
-        code = self._call(
-            x.data_ptr(), y.data_ptr(), T, D, expert_width, num_experts, gate_up.bits, gate_up.span, down.span,
-            gate_up.inputs, down.inputs, gate_up.codes.data_ptr(), gate_up.scales.data_ptr(), down.codes.data_ptr(),
-            down.scales.data_ptr(), indptr.data_ptr(), ids.shape[0], ids.data_ptr(), weights.data_ptr(),
-            torch.get_num_threads(), self.portable,
+        """Experts in 8 or 4 bits, ``planes`` rows of 8 bits for each of the activations. fp32 out; the identity and
+        constant experts are the caller's."""
+        weights = (
+            gate_up.bits, gate_up.span, down.span, gate_up.inputs, down.inputs, gate_up.codes.data_ptr(),
+            gate_up.scales.data_ptr(), down.codes.data_ptr(), down.scales.data_ptr(), planes, self.portable,
         )  # fmt: skip
-        if code == 1:
-            raise KernelInputError(f"{describe('routing.indptr_T1', indptr)}: must rise from 0 to {ids.shape[0]}.")
-        if code == 2:
-            raise KernelError(f"No memory for the rows of {describe('x_TD', x_TD)}.")
-        return y
+        return _call(self._library.collegium_moe, x_TD, routing, expert_width, num_experts, weights)
+
+    def floats(
+        self, x_TD: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, expert_width: int, num_experts: int
+    ) -> Tensor:
+        """The same for float weights as ``pack_floats`` leaves them."""
+        weights = KINDS[gate_up.dtype], gate_up.data_ptr(), down.data_ptr()
+        return _call(self._library.collegium_moe_floats, x_TD, routing, expert_width, num_experts, weights)
+
+
+def _call(
+    function: Any, x_TD: Tensor, routing: Routing, expert_width: int, num_experts: int, arguments: tuple[int, ...]
+) -> Tensor:
+    x = x_TD.float().contiguous()
+    y = torch.empty_like(x)
+    indptr, ids = routing.indptr_T1.contiguous(), routing.expert_ids_P.contiguous()
+    weights = routing.weights_P.detach().float().contiguous()
+    code = function(
+        x.data_ptr(), y.data_ptr(), *x.shape, expert_width, num_experts, indptr.data_ptr(), ids.shape[0],
+        ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(), *arguments,
+    )  # fmt: skip
+    if code == 1:
+        raise KernelInputError(f"{describe('routing.indptr_T1', indptr)}: must rise from 0 to {ids.shape[0]}.")
+    if code != 0:
+        reason = {2: "no memory for its rows", 3: "this CPU has no AVX512"}[code]
+        raise KernelError(f"{describe('x_TD', x_TD)}: {reason}.")
+    return y

@@ -15,6 +15,7 @@ from collegium_kernels.quant import Quantised
 
 COLUMNS = 64
 HALF = COLUMNS // 2
+FLOAT_SPAN = 64
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
 
@@ -46,6 +47,16 @@ def pack(weights: Quantised, *, gate_up: bool) -> Packed:
         inputs=K,
         span=weights.span,
     )
+
+
+def pack_floats(w_ENK: Tensor, *, gate_up: bool) -> Tensor:
+    """Panels of weights as they are, with K filled up to whole spans: (E, B, K, 64), or its like for bf16, of which
+    floats.h wants columns i and i + 16 side by side."""
+    panels = _panels(functional.pad(w_ENK, (0, -w_ENK.shape[2] % FLOAT_SPAN)), gate_up, fill=0).transpose(2, 3)
+    if w_ENK.dtype == torch.bfloat16:
+        E, B, K, _ = panels.shape
+        panels = panels.reshape(E, B, K, 2, 2, 16).transpose(4, 5)
+    return on_huge_pages(panels)
 
 
 def _panels(rows_ENX: Tensor, gate_up: bool, *, fill: int) -> Tensor:

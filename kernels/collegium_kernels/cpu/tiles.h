@@ -14,9 +14,11 @@ constexpr int kColumns = 64;
 constexpr int kRows = 6;
 constexpr int kBlock = 64;             // rows that read a slice of a panel before the next slice is touched
 constexpr int64_t kSpan = 512;         // inputs at most between two conversions of integer sums
-constexpr int64_t kSliceInputs = 256;  // of a slice, if a span is no longer: its codes stay in L1 for a block of rows
-constexpr int64_t kStepBytes = kColumns * 4;  // of a panel, read by one step
+constexpr int64_t kFloatSpan = 64;     // inputs of a partial sum of floats
+constexpr int64_t kSliceBytes = 16384;  // of a slice as a tile reads it, if a span is no longer: it stays in L1
+constexpr int64_t kStepBytes = kColumns * 4;  // of a panel of codes, read by one step
 
+// Codes of 4 or 8 bits, or floats of 16 or 32, which have no scales.
 struct Matrix {
   const uint8_t* codes;
   const uint16_t* scales;  // bf16
@@ -25,8 +27,10 @@ struct Matrix {
 
   Matrix(const uint8_t* c, const uint16_t* s, int64_t in, int64_t out, int64_t group, int b)
       : codes(c), scales(s), inputs(in), panels(out / kColumns), groups(in / group), span(span_of(group)),
-        spans(in / span), spans_per_group(group / span), spans_per_slice(std::max<int64_t>(1, kSliceInputs / span)),
-        bytes_per_span(kColumns * span * b / 8), bits(b) {}
+        spans(in / span), spans_per_group(group / span), bytes_per_span(kColumns * span * b / 8), bits(b) {
+    const int64_t unpacked = kColumns * span * (bits > 8 ? 4 : 1);
+    spans_per_slice = std::max<int64_t>(1, kSliceBytes / unpacked);
+  }
   // The most inputs up to kSpan that divide a group, in steps of 32.
   static int64_t span_of(int64_t group) {
     int64_t span = std::min(group, kSpan);

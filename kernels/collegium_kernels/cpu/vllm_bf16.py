@@ -24,6 +24,8 @@ TOLERANCE = 0.006
 def why_not(weights: ExpertWeights) -> str | None:
     """Why the kernel cannot run these weights; None once it has passed the self-test at their width."""
     _, D, F = weights.shape
+    if weights.gate_up_EGD.dtype != torch.bfloat16:
+        return f"vLLM's kernel is for bf16, not {weights.gate_up_EGD.dtype}"
     if D % ALIGNMENT or F % ALIGNMENT:
         return f"vLLM's bf16 kernel needs widths in multiples of {ALIGNMENT}, not {D} and {F}"
     try:

@@ -21,19 +21,19 @@ from collegium_kernels.backends import Precision
 from collegium_kernels.moe import FusedMoE
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
-OPTIONS = {"group", "routing", "p"}
+OPTIONS = {"group", "activation_bits", "routing", "p"}
 
 
 class CollegiumConfig(QuantizationConfig):
     """Options, in the checkpoint's ``quantization_config`` or as JSON in ``hf_overrides``
-    (``quantization_config_dict_json``): group, routing (top_k or top_p) and p."""
+    (``quantization_config_dict_json``): group, activation_bits (8 or 16), routing (top_k or top_p) and p."""
 
     method: ClassVar[str]
     precision: ClassVar[Precision]
 
-    def __init__(self, *, group: int = 128, policy: RoutingPolicy | None = None) -> None:
+    def __init__(self, *, group: int = 128, activation_bits: int = 8, policy: RoutingPolicy | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.group, self.policy = group, policy or RoutingPolicy()
+        self.group, self.activation_bits, self.policy = group, activation_bits, policy or RoutingPolicy()
 
     def get_name(self) -> Any:
         return self.method
@@ -57,7 +57,8 @@ class CollegiumConfig(QuantizationConfig):
         if "p" in config and config.get("routing") != "top_p":
             raise ValueError(f'{cls.method}: p is read with "routing": "top_p" only; add that, or leave p out.')
         policy = RoutingPolicy(kind=config.get("routing", "top_k"), p=float(config.get("p", 0.9)))
-        return cls(group=int(config.get("group", 128)), policy=policy)
+        bits = int(config.get("activation_bits", 8))
+        return cls(group=int(config.get("group", 128)), activation_bits=bits, policy=policy)
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> "CollegiumConfig":
@@ -121,8 +122,14 @@ class CollegiumMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantise and pack; the layer gives up the loaded weights."""
-        precision, group = self._config.precision, self._config.group
-        self._experts = FusedMoE(layer.w13_weight.data, layer.w2_weight.data, precision=precision, group=group)
+        config = self._config
+        self._experts = FusedMoE(
+            layer.w13_weight.data,
+            layer.w2_weight.data,
+            precision=config.precision,
+            group=config.group,
+            activation_bits=config.activation_bits,
+        )
         for parameter in (layer.w13_weight, layer.w2_weight):
             parameter.data = parameter.data.new_empty(0)
 

@@ -1,0 +1,155 @@
+// One layer of SwiGLU experts over ragged rows, for any engine: what holds the weights and multiplies with them.
+//
+// Panels of the first product hold 32 gate columns, then the 32 up columns that belong to them.
+// Every sum runs over the inputs in order and every token adds its experts in order of their number, so a token's
+// result has the same bits whatever the batch and the number of threads.
+#pragma once
+#include <thread>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int kUnpack = 3;  // tiles that share a slice: so many pay for unpacking it first
+
+struct Problem {
+  const float* x;  // T x D
+  float* y;        // T x D
+  int64_t T, D, F, E;
+  const int64_t* indptr;
+  int64_t num_pairs;
+  const int64_t* ids;
+  const float* weights;
+  int threads;
+
+  bool rises() const { return indptr[0] == 0 && indptr[T] == num_pairs && std::is_sorted(indptr, indptr + T + 1); }
+};
+
+template <typename Work>
+void parallel(int threads, int64_t items, Work work) {
+  const int used = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+  std::vector<std::thread> others;
+  for (int i = 1; i < used; ++i) others.emplace_back([&, i] { work(items * i / used, items * (i + 1) / used); });
+  work(0, items / used);
+  for (auto& other : others) other.join();
+}
+
+// The transpose of the routing: rows by expert, in token order. Ids outside [0, E) are dropped.
+struct Rows {
+  std::vector<int64_t> starts, tokens, pairs;
+
+  explicit Rows(const Problem& p) : starts(p.E + 1) {
+    const auto known = [&](int64_t pair) { return p.ids[pair] >= 0 && p.ids[pair] < p.E; };
+    for (int64_t pair = 0; pair < p.num_pairs; ++pair)
+      if (known(pair)) ++starts[p.ids[pair] + 1];
+    for (int64_t e = 0; e < p.E; ++e) starts[e + 1] += starts[e];
+    tokens.resize(starts[p.E]);
+    pairs.resize(starts[p.E]);
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    for (int64_t t = 0; t < p.T; ++t)
+      for (int64_t pair = p.indptr[t]; pair < p.indptr[t + 1]; ++pair)
+        if (known(pair)) {
+          const int64_t row = next[p.ids[pair]]++;
+          tokens[row] = t;
+          pairs[row] = pair;
+        }
+  }
+};
+
+// Calls `block` with the first row and the number of each block of an expert's rows.
+template <typename Block>
+void blocks(const Rows& rows, int64_t e, int64_t size, Block block) {
+  for (int64_t first = rows.starts[e]; first < rows.starts[e + 1]; first += size)
+    block(first, static_cast<int>(std::min(size, rows.starts[e + 1] - first)));
+}
+
+struct Sums {
+  float row[kBlock][kColumns];
+  alignas(64) uint8_t slice[kColumns * kSpan];  // unpacked
+};
+
+// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them, and each of them
+// fetches its part of the next slice: memory is read all the time.
+template <typename Engine, typename RowOf>
+void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a, int count,
+                RowOf row_of, Sums& sums) {
+  const int tiles = (count + kRows - 1) / kRows;
+  const bool unpack = engine.can_unpack() && tiles >= kUnpack;
+  typename Engine::Tile t;
+  engine.start(t, m, e, p);
+  t.advance = (engine.step_bytes(unpack) + tiles - 1) / tiles;
+  for (t.begin = 0; t.begin < m.spans; t.begin = t.end) {
+    t.end = std::min(t.begin + m.spans_per_slice, m.spans);
+    t.w = m.panel(e, p) + t.begin * m.bytes_per_span;
+    const int64_t bytes = (t.end - t.begin) * m.bytes_per_span;
+    const uint8_t* next = t.w + bytes;
+    if (unpack) {
+      engine.unpack(t.w, bytes, sums.slice);
+      t.w = sums.slice;
+    }
+    for (int i = 0, first = 0; i < tiles; ++i) {
+      const int rows = (count - first) / (tiles - i);
+      t.ahead = next + i * bytes / tiles;
+      t.out = sums.row[first];
+      for (int r = 0; r < rows; ++r) engine.point(t, r, a, row_of(first + r));
+      engine.tile(unpack, rows, m, t);
+      first += rows;
+    }
+  }
+}
+
+// The same where `planes` rows of inputs stand for one.
+template <typename Engine, typename RowOf>
+void row_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a, int count,
+              RowOf row_of, Sums& sums) {
+  const int planes = engine.planes;
+  if (planes == 1) return panel_sums(engine, m, e, p, a, count, row_of, sums);
+  panel_sums(engine, m, e, p, a, count * planes, [&](int r) { return row_of(r / planes) * planes + r % planes; }, sums);
+  for (int r = 0; r < count; ++r)
+    for (int c = 0; c < kColumns; ++c) sums.row[r][c] = sums.row[2 * r][c] + sums.row[2 * r + 1][c];
+}
+
+template <typename Engine>
+void run(const Engine& engine, const Problem& p) {
+  const Matrix &up = engine.up, &down = engine.down;
+  const Rows rows(p);
+  const int64_t count = rows.starts[p.E], width = up.panels * 32, size = kBlock / engine.planes;
+  std::fill_n(p.y, p.T * p.D, 0.0f);
+
+  auto in = engine.inputs(p.T, up);
+  parallel(p.threads, p.T, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      if (p.indptr[t + 1] > p.indptr[t]) engine.put(in, t, p.x + t * p.D, p.D);
+  });
+  const Buffer<float> hidden(count * width);
+  parallel(p.threads, p.E * up.panels, [&](int64_t begin, int64_t end) {
+    Sums sums;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t e = item / up.panels, panel = item % up.panels;
+      blocks(rows, e, size, [&](int64_t first, int n) {
+        row_sums(engine, up, e, panel, in, n, [&](int r) { return rows.tokens[first + r]; }, sums);
+        for (int r = 0; r < n; ++r) engine.swiglu(sums.row[r], &hidden[(first + r) * width + panel * 32]);
+      });
+    }
+  });
+  auto mid = engine.inputs(count, down);
+  parallel(p.threads, count, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) engine.put(mid, row, &hidden[row * width], p.F);
+  });
+  parallel(p.threads, down.panels, [&](int64_t begin, int64_t end) {
+    Sums sums;
+    for (int64_t e = 0; e < p.E; ++e)
+      for (int64_t panel = begin; panel < end; ++panel)
+        blocks(rows, e, size, [&](int64_t first, int n) {
+          row_sums(engine, down, e, panel, mid, n, [&](int r) { return first + r; }, sums);
+          const int64_t columns = std::min<int64_t>(kColumns, p.D - panel * kColumns);
+          for (int r = 0; r < n; ++r) {
+            float* out = p.y + rows.tokens[first + r] * p.D + panel * kColumns;
+            const float weight = p.weights[rows.pairs[first + r]];
+            for (int64_t c = 0; c < columns; ++c) out[c] += weight * sums.row[r][c];
+          }
+        });
+  });
+}
+
+}  // namespace
