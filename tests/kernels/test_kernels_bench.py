@@ -52,7 +52,7 @@ def test_reading_while_multiplying_bounds_experts_with_few_rows() -> None:
     few = rectangular(torch.arange(4).repeat(8)[:, None], torch.ones(32, 1), num_experts=4)
     assert streaming_s(shape, few, "int8", rates.__getitem__) == pytest.approx(4 * 384 / 1e10)
     assert streaming_s(shape, few, "int4", rates.__getitem__) == pytest.approx(4 * 384 / 2 / 8e9)
-    assert streaming_s(shape, few, "bf16", rates.__getitem__) == 0
+    assert streaming_s(shape, few, "bf16", rates.__getitem__) == pytest.approx(4 * 384 * 2 / 8e9)
     many = rectangular(torch.arange(4).repeat(40)[:, None], torch.ones(160, 1), num_experts=4)
     assert streaming_s(shape, many, "int8", rates.__getitem__) == 0
 
