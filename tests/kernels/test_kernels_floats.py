@@ -1,5 +1,6 @@
 """Float experts in our C++: as exact as fp32, the same bits in any company, and chosen where they are faster."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,40 @@ def test_the_library_checks_the_row_pointers_itself(run_floats: Any, make_expert
     )
     with pytest.raises(KernelInputError, match="indptr_T1"):
         run_floats(torch.randn(2, 32), *make_experts(2, 32, 32), bad)
+
+
+# Threads: those of torch's OpenMP
+
+
+TEAM = ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_any_team_does_all_the_work(
+    size: int | None, native: NativeMoE, monkeypatch: pytest.MonkeyPatch, run_floats: Any, make_experts: Make
+) -> None:
+    """OpenMP may grant fewer threads than it is asked for; without it there are threads of our own."""
+    asked: list[int] = []
+
+    @TEAM
+    def team(work: Any, data: int, threads: int, _: int) -> None:
+        asked.append(threads)
+        for _ in range(size or 0):
+            work(data)
+
+    x, experts = torch.randn(40, 200), make_experts(5, 200, 100)
+    routing = from_topk(torch.randint(-1, 5, (40, 2)), torch.rand(40, 2), num_experts=5)
+    whole = run_floats(x, *experts, routing)
+    address = ctypes.cast(team, ctypes.c_void_p).value if size else None
+    monkeypatch.setattr(native, "_team", address)
+    torch.set_num_threads(3)
+    assert torch.equal(run_floats(x, *experts, routing), whole)
+    assert set(asked) == ({3} if size else set())
+
+
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch has other threads")
+def test_the_team_is_torchs(native: NativeMoE) -> None:
+    assert native._team is not None
 
 
 # Who runs them

@@ -4,12 +4,19 @@
 // Every sum runs over the inputs in order and every token adds its experts in order of their number, so a token's
 // result has the same bits whatever the batch and the number of threads.
 #pragma once
+#include <atomic>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "tiles.h"
 
 namespace {
 
+// OpenMP's way to run a function on a team of threads.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+constexpr int kShares = 4;  // parts a thread: experts have unequal rows
 constexpr int kUnpack = 3;  // tiles that share a slice: so many pay for unpacking it first
 
 struct Problem {
@@ -21,28 +28,58 @@ struct Problem {
   const int64_t* ids;
   const float* weights;
   int threads;
+  Team team;  // of the runtime that torch runs on: warm, and bound to the cores it should use; null where there is none
 
   bool rises() const { return indptr[0] == 0 && indptr[T] == num_pairs && std::is_sorted(indptr, indptr + T + 1); }
 };
 
+// Parts of the items, which threads take as they come. Running out of memory in one of them ends as in the caller.
 template <typename Work>
-void parallel(int threads, int64_t items, Work work) {
-  const int used = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+struct Job {
+  const Work& work;
+  int64_t items, parts;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+
+  void run() {
+    for (int64_t i; (i = next++) < parts;) try {
+        work(items * i / parts, items * (i + 1) / parts);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+  }
+};
+
+template <typename Work>
+void parallel(const Problem& p, int64_t items, const Work& work) {
+  const int64_t threads = std::min<int64_t>(std::max(p.threads, 1), items);
+  Job<Work> job{work, items, threads > 1 ? std::min(items, threads * kShares) : threads};
   std::vector<std::thread> others;
-  for (int i = 1; i < used; ++i) others.emplace_back([&, i] { work(items * i / used, items * (i + 1) / used); });
-  work(0, items / used);
-  for (auto& other : others) other.join();
+  if (threads > 1 && p.team != nullptr) {
+    p.team([](void* it) { static_cast<Job<Work>*>(it)->run(); }, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    try {
+      for (int64_t i = 1; i < threads; ++i) others.emplace_back([&] { job.run(); });
+    } catch (const std::system_error&) {  // as many as the system grants
+    }
+    job.run();
+    for (auto& other : others) other.join();
+  }
+  if (job.failed) throw std::bad_alloc();
 }
 
 // The transpose of the routing: rows by expert, in token order. Ids outside [0, E) are dropped.
 struct Rows {
-  std::vector<int64_t> starts, tokens, pairs;
+  std::vector<int64_t> starts, tokens, pairs, used;  // `used`: the experts that have rows
 
   explicit Rows(const Problem& p) : starts(p.E + 1) {
     const auto known = [&](int64_t pair) { return p.ids[pair] >= 0 && p.ids[pair] < p.E; };
     for (int64_t pair = 0; pair < p.num_pairs; ++pair)
       if (known(pair)) ++starts[p.ids[pair] + 1];
-    for (int64_t e = 0; e < p.E; ++e) starts[e + 1] += starts[e];
+    for (int64_t e = 0; e < p.E; ++e) {
+      if (starts[e + 1] > 0) used.push_back(e);
+      starts[e + 1] += starts[e];
+    }
     tokens.resize(starts[p.E]);
     pairs.resize(starts[p.E]);
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
@@ -117,15 +154,15 @@ void run(const Engine& engine, const Problem& p) {
   std::fill_n(p.y, p.T * p.D, 0.0f);
 
   auto in = engine.inputs(p.T, up);
-  parallel(p.threads, p.T, [&](int64_t begin, int64_t end) {
+  parallel(p, p.T, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       if (p.indptr[t + 1] > p.indptr[t]) engine.put(in, t, p.x + t * p.D, p.D);
   });
   const Buffer<float> hidden(count * width);
-  parallel(p.threads, p.E * up.panels, [&](int64_t begin, int64_t end) {
+  parallel(p, rows.used.size() * up.panels, [&](int64_t begin, int64_t end) {
     Sums sums;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t e = item / up.panels, panel = item % up.panels;
+      const int64_t e = rows.used[item / up.panels], panel = item % up.panels;
       blocks(rows, e, size, [&](int64_t first, int n) {
         row_sums(engine, up, e, panel, in, n, [&](int r) { return rows.tokens[first + r]; }, sums);
         for (int r = 0; r < n; ++r) engine.swiglu(sums.row[r], &hidden[(first + r) * width + panel * 32]);
@@ -133,12 +170,12 @@ void run(const Engine& engine, const Problem& p) {
     }
   });
   auto mid = engine.inputs(count, down);
-  parallel(p.threads, count, [&](int64_t begin, int64_t end) {
+  parallel(p, count, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) engine.put(mid, row, &hidden[row * width], p.F);
   });
-  parallel(p.threads, down.panels, [&](int64_t begin, int64_t end) {
+  parallel(p, down.panels, [&](int64_t begin, int64_t end) {
     Sums sums;
-    for (int64_t e = 0; e < p.E; ++e)
+    for (const int64_t e : rows.used)
       for (int64_t panel = begin; panel < end; ++panel)
         blocks(rows, e, size, [&](int64_t first, int n) {
           row_sums(engine, down, e, panel, mid, n, [&](int r) { return first + r; }, sums);
