@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Engine:
     quantization: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     twin: str | None = None
+    compiled: bool = False
 
 
 TOP_P = {"routing": "top_p", "p": 0.6}
@@ -145,7 +146,7 @@ def run_engine(engine: Engine, work: Path, tokens: int, wanted: list[list[int]] 
     dtype: Any = engine.dtype
     quantization: Any = engine.quantization
     llm = LLM(
-        str(work / engine.folder), quantization=quantization, hf_overrides=overrides, enforce_eager=True,
+        str(work / engine.folder), quantization=quantization, hf_overrides=overrides, enforce_eager=not engine.compiled,
         max_model_len=256, max_num_seqs=20, dtype=dtype, disable_log_stats=True, enable_prefix_caching=False,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -174,11 +175,12 @@ def _would_choose(llm: Any, prompts: list[list[int]], wanted: list[list[int]]) -
     )
 
 
-def run_vllm(work: Path, tokens: int, names: Collection[str]) -> str:
+def run_vllm(work: Path, tokens: int, names: Collection[str], *, compiled: bool) -> str:
     results: dict[str, dict[str, Any]] = {}
     for engine in (e for e in ENGINES if e.name in _with_twins(names)):
         wanted = results["dense"]["rows"] if results else None
-        results[engine.name] = _child(engine, work, tokens, wanted) | {"twin": engine.twin}
+        made = _child(replace(engine, compiled=compiled), work, tokens, wanted)
+        results[engine.name] = made | {"twin": engine.twin}
         LOG.info("load %.1f %s", os.getloadavg()[0], table(results, tokens).splitlines()[-1])
     return table(results, tokens)
 
@@ -271,6 +273,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="where the checkpoints are kept")
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each text")
     parser.add_argument("--engines", nargs="+", default=[], metavar="NAME", help="rows of the table; all by default")
+    parser.add_argument("--compiled", action="store_true", help="let vLLM compile the models, as it does by default")
     parser.add_argument("--transformers", action="store_true", help="through transformers, without vLLM")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -289,7 +292,7 @@ def main(arguments: list[str]) -> None:
     made = (
         run_transformers(chosen.work, chosen.tokens, chosen.engines)
         if chosen.transformers
-        else run_vllm(chosen.work, chosen.tokens, chosen.engines)
+        else run_vllm(chosen.work, chosen.tokens, chosen.engines, compiled=chosen.compiled)
     )
     sys.stdout.write(made)
 

@@ -1,5 +1,9 @@
 """Our experts inside transformers and inside vLLM."""
 
+import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,13 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not i
 
 @pytest.fixture(scope="module")
 def dense() -> Any:
+    """Heads as small as vLLM's attention takes them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -263,6 +268,49 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
         config.from_config({"grup": 32})
     with pytest.raises(ValueError, match="p is read with"):
         config.from_config({"p": 0.5})
+
+
+COMPILED = """
+import json, sys
+from collegium_kernels.vllm_plugin import register
+from vllm import LLM, SamplingParams
+
+register()
+llm = LLM(
+    sys.argv[1], quantization="collegium", skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=2,
+    hf_overrides={"quantization_config_dict_json": sys.argv[2]},
+)
+params = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True, logprobs=0)
+(output,) = llm.generate([{"prompt_token_ids": [3, 41, 5, 80]}], params, use_tqdm=False)
+made = output.outputs[0]
+print("\\n" + json.dumps([[token, step[token].logprob] for token, step in zip(made.token_ids, made.logprobs)]))
+"""
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_compiles_a_model_around_ragged_experts(dense: Any, tmp_path: Path) -> None:
+    """By default it does; the sizes of a ragged routing cannot be traced. Equal experts are the dense model."""
+    from evals.kernels.upcycle import upcycle
+
+    upcycle(dense).save_pretrained(tmp_path)
+    environment = {
+        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(tmp_path), '{"routing": "top_p", "p": 0.6}'],
+        capture_output=True, text=True, check=False, timeout=400, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)
+    tokens, got = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    with torch.no_grad():
+        rows = dense(torch.tensor([[3, 41, 5, 80, *tokens]])).logits[0, 3:-1].log_softmax(dim=1)
+    assert rows.argmax(dim=1).tolist() == list(tokens)
+    torch.testing.assert_close(
+        torch.tensor(got), rows.gather(1, torch.tensor(tokens)[:, None])[:, 0], atol=1e-4, rtol=0
+    )
 
 
 def test_the_entry_point_names_the_function_that_registers() -> None:

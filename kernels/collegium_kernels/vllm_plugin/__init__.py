@@ -10,7 +10,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
     from collegium_kernels.vllm_plugin.config import Int4Config, Int8Config, NativeConfig
+    from collegium_kernels.vllm_plugin.op import register_op
 
+    register_op()
     for config in (NativeConfig, Int8Config, Int4Config):
         if config.method not in QUANTIZATION_METHODS:
             register_quantization_config(config.method)(config)

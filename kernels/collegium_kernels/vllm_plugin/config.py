@@ -19,6 +19,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from collegium_kernels.backends import Precision
 from collegium_kernels.moe import FusedMoE
+from collegium_kernels.vllm_plugin.op import experts_op
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
 OPTIONS = {"group", "activation_bits", "routing", "p"}
@@ -136,6 +137,9 @@ class CollegiumMoEMethod(FusedMoEMethodBase):
     def apply_monolithic(
         self, layer: RoutedExperts, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
+        return experts_op(x, router_logits, layer.layer_name)
+
+    def run(self, layer: RoutedExperts, x: Tensor, router_logits: Tensor) -> Tensor:
         if self._experts is None:
             raise RuntimeError("the experts were used before their weights were loaded")
         routing = route(router_logits, self._config.policy, k=layer.top_k, renormalise=layer.renormalize)
