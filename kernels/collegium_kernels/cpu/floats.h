@@ -29,12 +29,10 @@ struct Values {
 };
 
 struct FloatTile {
+  int rows;
   const float* a[kRows];
-  const uint8_t* w;  // the slice
-  float* out;        // kColumns a row
-  int64_t begin, end;
-  const uint8_t* ahead;  // what is read next, fetched meanwhile
-  int64_t advance;       // bytes of it for each input
+  float* out;            // kColumns a row
+  const uint8_t* ahead;  // what is fetched meanwhile
 };
 
 // The 64 weights of one input.
@@ -57,26 +55,34 @@ inline void widen(const uint8_t* w, __m512* out) {
 }
 
 // Adds spans of a panel to the rows' sums. A span has a partial sum of its own: its error does not grow with the width.
-template <int ROWS, int KIND, int LINES>
-void float_rows(const Matrix& m, const FloatTile& t) {
-  const uint8_t* w = t.w;
+// Two inputs a step; SHARE and what is fetched as for codes.
+template <int ROWS, int KIND, bool FIRST, int SHARE>
+void float_rows(const Matrix& m, const Slice& slice, const FloatTile& t) {
+  constexpr bool store = KIND != kFp32 && FIRST && SHARE > 1, near = FIRST && SHARE < 4;
+  constexpr int kind = FIRST ? KIND : kFp32, lines = input_bytes(KIND) / 32 / SHARE;
+  constexpr int64_t bytes = input_bytes(kind);
+  const uint8_t* w = FIRST || KIND == kFp32 ? slice.w : slice.unpacked;
+  uint8_t* unpacked = slice.unpacked;
   const char* ahead = reinterpret_cast<const char*>(t.ahead);
-  for (int64_t s = t.begin; s < t.end; ++s) {
+  for (int64_t s = slice.begin; s < slice.end; ++s) {
     __m512 sum[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
-    for (int64_t k = s * m.span; k < (s + 1) * m.span; ++k, w += input_bytes(KIND)) {
-      for (int line = 0; line < LINES; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
-      ahead += t.advance;
-      // Where each line is used once, fetching it to L1 as well pays.
-      for (int line = 0; LINES * 64 == input_bytes(KIND) && line < LINES; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + line * 64, _MM_HINT_T0);
-      __m512 v[4];
-      widen<KIND>(w, v);
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512 a = _mm512_set1_ps(t.a[r][k]);
-        for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_fmadd_ps(v[c], a, sum[r][c]);
+    for (int64_t k = s * m.span; k < (s + 1) * m.span; k += 2, w += 2 * bytes) {
+      for (int line = 0; line < lines; ++line) _mm_prefetch(ahead + line * slice.apart, _MM_HINT_T1);
+      ahead += slice.advance;
+      for (int64_t at = 0; near && at < 2 * bytes; at += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + at, _MM_HINT_T0);
+      for (int i = 0; i < 2; ++i) {
+        __m512 v[4];
+        widen<kind>(w + i * bytes, v);
+        for (int c = 0; store && c < 4; ++c) _mm512_store_ps(unpacked + i * input_bytes(kFp32) + c * 64, v[c]);
+        for (int r = 0; r < ROWS; ++r) {
+          const __m512 a = _mm512_set1_ps(t.a[r][k + i]);
+          for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_fmadd_ps(v[c], a, sum[r][c]);
+        }
       }
+      if (store) unpacked += 2 * input_bytes(kFp32);
     }
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < 4; ++c) {
@@ -87,39 +93,31 @@ void float_rows(const Matrix& m, const FloatTile& t) {
   }
 }
 
-template <int KIND, int LINES>
-void float_tile_by_rows(int rows, const Matrix& m, const FloatTile& t) {
-  switch (rows) {
-    case 1: return float_rows<1, KIND, LINES>(m, t);
-    case 2: return float_rows<2, KIND, LINES>(m, t);
-    case 3: return float_rows<3, KIND, LINES>(m, t);
-    case 4: return float_rows<4, KIND, LINES>(m, t);
-    case 5: return float_rows<5, KIND, LINES>(m, t);
-    default: return float_rows<6, KIND, LINES>(m, t);
+template <int KIND, bool FIRST, int SHARE>
+void float_by_rows(const Matrix& m, const Slice& slice, const FloatTile& t) {
+  switch (t.rows) {
+    case 1: return float_rows<1, KIND, FIRST, SHARE>(m, slice, t);
+    case 2: return float_rows<2, KIND, FIRST, SHARE>(m, slice, t);
+    case 3: return float_rows<3, KIND, FIRST, SHARE>(m, slice, t);
+    case 4: return float_rows<4, KIND, FIRST, SHARE>(m, slice, t);
+    case 5: return float_rows<5, KIND, FIRST, SHARE>(m, slice, t);
+    default: return float_rows<6, KIND, FIRST, SHARE>(m, slice, t);
   }
 }
 
 template <int KIND>
-void float_tile(int rows, const Matrix& m, const FloatTile& t) {
-  if (t.advance <= 64) return float_tile_by_rows<KIND, 1>(rows, m, t);
-  if (t.advance <= 128) return float_tile_by_rows<KIND, 2>(rows, m, t);
-  return float_tile_by_rows<KIND, 4>(rows, m, t);
-}
-
-template <int KIND>
-void unpack_floats(const uint8_t* w, int64_t bytes, uint8_t* out) {
-  for (; bytes > 0; bytes -= input_bytes(KIND), w += input_bytes(KIND), out += input_bytes(kFp32)) {
-    __m512 v[4];
-    widen<KIND>(w, v);
-    for (int c = 0; c < 4; ++c) _mm512_store_ps(out + c * 64, v[c]);
-  }
+void float_tile(bool first, const Matrix& m, const Slice& slice, const FloatTile& t) {
+  if (slice.tiles == 1) return float_by_rows<KIND, true, 1>(m, slice, t);
+  if (slice.tiles < 4)
+    return first ? float_by_rows<KIND, true, 2>(m, slice, t) : float_by_rows<KIND, false, 2>(m, slice, t);
+  return first ? float_by_rows<KIND, true, 4>(m, slice, t) : float_by_rows<KIND, false, 4>(m, slice, t);
 }
 
 template <int KIND>
 struct Floats {
   using Inputs = Values;
   using Tile = FloatTile;
-  static constexpr int planes = 1;
+  static constexpr int planes = 1, step_lines = input_bytes(KIND) / 32;
   Matrix up, down;
 
   Values inputs(int64_t rows, const Matrix& m) const { return Values(rows, m); }
@@ -127,13 +125,9 @@ struct Floats {
     float* out = &a.values[row * a.stride];
     std::fill(std::copy_n(x, width, out), out + a.stride, 0.0f);
   }
-  void start(Tile&, const Matrix&, int64_t, int64_t) const {}
-  void point(Tile& t, int r, const Values& a, int64_t row) const { t.a[r] = &a.values[row * a.stride]; }
-  bool can_unpack() const { return KIND != kFp32; }
-  int64_t step_bytes(bool) const { return input_bytes(KIND); }
-  void unpack(const uint8_t* w, int64_t bytes, uint8_t* out) const { unpack_floats<KIND>(w, bytes, out); }
-  void tile(bool unpacked, int rows, const Matrix& m, const Tile& t) const {
-    unpacked ? float_tile<kFp32>(rows, m, t) : float_tile<KIND>(rows, m, t);
+  void point(FloatTile& t, int r, const Values& a, int64_t row) const { t.a[r] = &a.values[row * a.stride]; }
+  void tile(bool first, const Matrix& m, const Slice& slice, const FloatTile& t) const {
+    float_tile<KIND>(first, m, slice, t);
   }
   void swiglu(const float* sums, float* hidden) const { swiglu_avx512(sums, hidden); }
 };

@@ -17,7 +17,6 @@ namespace {
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 constexpr int kShares = 4;  // parts a thread: experts have unequal rows
-constexpr int kUnpack = 3;  // tiles that share a slice: so many pay for unpacking it first
 
 struct Problem {
   const float* x;  // T x D
@@ -100,37 +99,50 @@ void blocks(const Rows& rows, int64_t e, int64_t size, Block block) {
     block(first, static_cast<int>(std::min(size, rows.starts[e + 1] - first)));
 }
 
+template <typename Tile>
 struct Sums {
   float row[kBlock][kColumns];
   alignas(64) uint8_t slice[kColumns * kSpan];  // unpacked
+  Tile tiles[(kBlock + kRows - 1) / kRows];
 };
 
+// Tiles of equal height, to the unit, for `count` rows. Returns their number.
+template <typename Engine, typename RowOf>
+int split(const Engine& engine, const typename Engine::Inputs& a, int count, RowOf row_of,
+          Sums<typename Engine::Tile>& sums) {
+  const int tiles = (count + kRows - 1) / kRows;
+  for (int i = 0, first = 0; i < tiles; ++i) {
+    auto& t = sums.tiles[i];
+    t.rows = (count - first) / (tiles - i);
+    t.out = sums.row[first];
+    for (int r = 0; r < t.rows; ++r) engine.point(t, r, a, row_of(first + r));
+    first += t.rows;
+  }
+  return tiles;
+}
+
 // One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them, and each of them
-// fetches its part of the next slice: memory is read all the time.
+// fetches its part of what comes next: memory is read all the time.
 template <typename Engine, typename RowOf>
 void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a, int count,
-                RowOf row_of, Sums& sums) {
-  const int tiles = (count + kRows - 1) / kRows;
-  const bool unpack = engine.can_unpack() && tiles >= kUnpack;
-  typename Engine::Tile t;
-  engine.start(t, m, e, p);
-  t.advance = (engine.step_bytes(unpack) + tiles - 1) / tiles;
-  for (t.begin = 0; t.begin < m.spans; t.begin = t.end) {
-    t.end = std::min(t.begin + m.spans_per_slice, m.spans);
-    t.w = m.panel(e, p) + t.begin * m.bytes_per_span;
-    const int64_t bytes = (t.end - t.begin) * m.bytes_per_span;
-    const uint8_t* next = t.w + bytes;
-    if (unpack) {
-      engine.unpack(t.w, bytes, sums.slice);
-      t.w = sums.slice;
-    }
-    for (int i = 0, first = 0; i < tiles; ++i) {
-      const int rows = (count - first) / (tiles - i);
-      t.ahead = next + i * bytes / tiles;
-      t.out = sums.row[first];
-      for (int r = 0; r < rows; ++r) engine.point(t, r, a, row_of(first + r));
-      engine.tile(unpack, rows, m, t);
-      first += rows;
+                RowOf row_of, Sums<typename Engine::Tile>& sums) {
+  Slice slice;
+  slice.tiles = split(engine, a, count, row_of, sums);
+  slice.w_scales = m.scale(e, p);
+  slice.unpacked = sums.slice;
+  const int lines = engine.step_lines / (slice.tiles == 1 ? 1 : slice.tiles < 4 ? 2 : 4);
+  slice.advance = (engine.step_lines * 64 + slice.tiles * lines - 1) / (slice.tiles * lines);
+  for (slice.begin = 0; slice.begin < m.spans; slice.begin = slice.end) {
+    slice.end = std::min(slice.begin + m.spans_per_slice, m.spans);
+    slice.w = m.panel(e, p) + slice.begin * m.bytes_per_span;
+    const int64_t bytes = (slice.end - slice.begin) * m.bytes_per_span;
+    const int64_t stretch = std::max(bytes, slice.tiles == 1 ? kFetchAlone : kFetch);
+    const int64_t at = (slice.w - m.codes) % stretch;
+    slice.apart = stretch / lines;
+    const uint8_t* next = slice.w - at + stretch + at / lines;
+    for (int i = 0; i < slice.tiles; ++i) {
+      sums.tiles[i].ahead = next + i * bytes / slice.tiles / lines;
+      engine.tile(i == 0, m, slice, sums.tiles[i]);
     }
   }
 }
@@ -138,7 +150,7 @@ void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, con
 // The same where `planes` rows of inputs stand for one.
 template <typename Engine, typename RowOf>
 void row_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a, int count,
-              RowOf row_of, Sums& sums) {
+              RowOf row_of, Sums<typename Engine::Tile>& sums) {
   const int planes = engine.planes;
   if (planes == 1) return panel_sums(engine, m, e, p, a, count, row_of, sums);
   panel_sums(engine, m, e, p, a, count * planes, [&](int r) { return row_of(r / planes) * planes + r % planes; }, sums);
@@ -151,30 +163,32 @@ void run(const Engine& engine, const Problem& p) {
   const Matrix &up = engine.up, &down = engine.down;
   const Rows rows(p);
   const int64_t count = rows.starts[p.E], width = up.panels * 32, size = kBlock / engine.planes;
-  std::fill_n(p.y, p.T * p.D, 0.0f);
 
   auto in = engine.inputs(p.T, up);
   parallel(p, p.T, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       if (p.indptr[t + 1] > p.indptr[t]) engine.put(in, t, p.x + t * p.D, p.D);
   });
-  const Buffer<float> hidden(count * width);
+  // Hidden values lie in y where they fit: with few experts a token it is not needed before they are used up.
+  const Buffer<float> own(count * width > p.T * p.D ? count * width : 0);
+  float* const hidden = count * width > p.T * p.D ? own.data.get() : p.y;
   parallel(p, rows.used.size() * up.panels, [&](int64_t begin, int64_t end) {
-    Sums sums;
+    Sums<typename Engine::Tile> sums;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t e = rows.used[item / up.panels], panel = item % up.panels;
       blocks(rows, e, size, [&](int64_t first, int n) {
         row_sums(engine, up, e, panel, in, n, [&](int r) { return rows.tokens[first + r]; }, sums);
-        for (int r = 0; r < n; ++r) engine.swiglu(sums.row[r], &hidden[(first + r) * width + panel * 32]);
+        for (int r = 0; r < n; ++r) engine.swiglu(sums.row[r], hidden + (first + r) * width + panel * 32);
       });
     }
   });
   auto mid = engine.inputs(count, down);
   parallel(p, count, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) engine.put(mid, row, &hidden[row * width], p.F);
+    for (int64_t row = begin; row < end; ++row) engine.put(mid, row, hidden + row * width, p.F);
   });
+  std::fill_n(p.y, p.T * p.D, 0.0f);
   parallel(p, down.panels, [&](int64_t begin, int64_t end) {
-    Sums sums;
+    Sums<typename Engine::Tile> sums;
     for (const int64_t e : rows.used)
       for (int64_t panel = begin; panel < end; ++panel)
         blocks(rows, e, size, [&](int64_t first, int n) {

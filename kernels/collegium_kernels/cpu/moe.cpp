@@ -30,10 +30,10 @@ bool has_vnni() {
 #endif
 }
 
+using TileFunction = void (*)(const Matrix&, const Slice&, const Tile&);
+
 struct Code {
-  void (*tile_)(int, const Matrix&, const Tile&);
-  void (*unpacked)(int, const Matrix&, const Tile&);  // for int4 codes that `unpack` made bytes
-  void (*unpack)(const uint8_t*, int64_t, uint8_t*);  // none in the portable code
+  TileFunction first, rest;  // of the tiles that read a slice
   void (*quantise)(Activations&, int64_t, const float*, int64_t);
   void (*swiglu)(const float*, float*);
 };
@@ -41,10 +41,11 @@ struct Code {
 Code pick(int bits, bool portable) {
 #if defined(__x86_64__)
   if (!portable && has_vnni())
-    return {bits == 8 ? tile_avx512<8> : tile_avx512<4>, tile_avx512<8>, bits == 8 ? nullptr : unpack_avx512,
-            quantise_avx512, swiglu_avx512};
+    return {bits == 8 ? tile_avx512<8, true> : tile_avx512<4, true>,
+            bits == 8 ? tile_avx512<8, false> : tile_avx512<4, false>, quantise_avx512, swiglu_avx512};
 #endif
-  return {bits == 8 ? tile_portable<8> : tile_portable<4>, nullptr, nullptr, quantise_portable, swiglu_portable};
+  const TileFunction tile = bits == 8 ? tile_portable<8> : tile_portable<4>;
+  return {tile, tile, quantise_portable, swiglu_portable};
 }
 
 struct Codes {
@@ -52,7 +53,7 @@ struct Codes {
   using Tile = ::Tile;
   Code code;
   Matrix up, down;
-  int planes;
+  int planes, step_lines;  // eight inputs a step
 
   Activations inputs(int64_t rows, const Matrix& m) const { return Activations(rows * planes, m); }
   void put(Activations& a, int64_t row, const float* x, int64_t width) const {
@@ -62,17 +63,13 @@ struct Codes {
     for (int64_t i = 0; i < width; ++i) rest[i] -= a.codes[row * 2 * a.stride + i] * a.scales[row * 2 * a.spans + i / a.span];
     code.quantise(a, row * 2 + 1, rest.data(), width);
   }
-  void start(Tile& t, const Matrix& m, int64_t e, int64_t p) const { t.w_scales = m.scale(e, p); }
   void point(Tile& t, int r, const Activations& a, int64_t row) const {
     t.a[r] = &a.codes[row * a.stride];
     t.scales[r] = &a.scales[row * a.spans];
     t.starts[r] = &a.starts[row * a.spans];
   }
-  bool can_unpack() const { return code.unpack != nullptr; }
-  int64_t step_bytes(bool unpacked) const { return kStepBytes / (unpacked ? 2 : 1); }
-  void unpack(const uint8_t* w, int64_t bytes, uint8_t* out) const { code.unpack(w, bytes, out); }
-  void tile(bool unpacked, int rows, const Matrix& m, const Tile& t) const {
-    (unpacked ? code.unpacked : code.tile_)(rows, m, t);
+  void tile(bool first, const Matrix& m, const Slice& slice, const Tile& t) const {
+    (first ? code.first : code.rest)(m, slice, t);
   }
   void swiglu(const float* sums, float* hidden) const { code.swiglu(sums, hidden); }
 };
@@ -113,7 +110,7 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
   if (!problem.rises()) return 1;
   const Matrix up(w1, s1, inputs1, up_to(F, 32) * 2, group1, bits);
   const Matrix down(w2, s2, inputs2, up_to(D, 64), group2, bits);
-  run(Codes{pick(bits, portable), up, down, planes}, problem);
+  run(Codes{pick(bits, portable), up, down, planes, bits}, problem);
   return 0;
 } catch (const std::bad_alloc&) {
   return 2;

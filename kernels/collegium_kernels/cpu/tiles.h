@@ -15,8 +15,10 @@ constexpr int kRows = 6;
 constexpr int kBlock = 64;             // rows that read a slice of a panel before the next slice is touched
 constexpr int64_t kSpan = 512;         // inputs at most between two conversions of integer sums
 constexpr int64_t kFloatSpan = 64;     // inputs of a partial sum of floats
-constexpr int64_t kSliceBytes = 16384;  // of a slice as a tile reads it, if a span is no longer: it stays in L1
-constexpr int64_t kStepBytes = kColumns * 4;  // of a panel of codes, read by one step
+constexpr int64_t kSliceBytes = 16384;  // of a slice, unpacked, if a span is no longer: it stays in L1
+constexpr int64_t kStepBytes = kColumns * 4;  // of codes that take a byte each: 4 inputs
+constexpr int64_t kFetch = 65536;  // bytes: a stretch of memory that is fetched from several places in turn
+constexpr int64_t kFetchAlone = 16384;  // the same for one tile: what lies behind its expert may not be needed
 
 // Codes of 4 or 8 bits, or floats of 16 or 32, which have no scales.
 struct Matrix {
@@ -64,17 +66,24 @@ struct Activations {
         zero(1 << (m.bits - 1)), codes(rows * stride), scales(rows * m.spans), starts(rows * m.spans) {}
 };
 
-// A few rows times a slice of a panel: spans `begin` to `end` of the inputs.
+// Part of a panel, spans `begin` to `end` of the inputs, that every tile reads before the next slice is touched.
+struct Slice {
+  int64_t begin, end;
+  const uint8_t* w;
+  const uint16_t* w_scales;  // the panel's
+  uint8_t* unpacked;         // codes as bytes, floats as fp32: the first of several tiles writes them, the others read them
+  int tiles;
+  int64_t apart, advance;    // of what is fetched in each step: bytes between its lines, and to those of the next step
+};
+
+// A few rows.
 struct Tile {
+  int rows;
   const int8_t* a[kRows];
   const float* scales[kRows];
   const int32_t* starts[kRows];
-  const uint8_t* w;          // the slice
-  const uint16_t* w_scales;  // the panel's
   float* out;                // kColumns a row
-  int64_t begin, end;
-  const uint8_t* ahead;      // what is read next, fetched meanwhile
-  int64_t advance;           // bytes of it in each step
+  const uint8_t* ahead;      // what is fetched meanwhile
 };
 
 float widen(uint16_t bf16) {
@@ -125,21 +134,21 @@ float silu(float x) { return x / (1 + std::exp(-x)); }
 
 // Adds spans of a panel to the rows' sums, the first of all with nothing before it.
 template <int BITS>
-void tile_portable(int rows, const Matrix& m, const Tile& t) {
-  for (int r = 0; r < rows; ++r)
-    for (int64_t s = t.begin; s < t.end; ++s) {
+void tile_portable(const Matrix& m, const Slice& slice, const Tile& t) {
+  for (int r = 0; r < t.rows; ++r)
+    for (int64_t s = slice.begin; s < slice.end; ++s) {
       int32_t sum[kColumns];
       std::fill_n(sum, kColumns, t.starts[r][s]);
       for (int64_t i = 0; i < m.span; ++i) {
-        const int64_t k = (s - t.begin) * m.span + i, step = BITS == 8 ? k / 4 : k / 8;
+        const int64_t k = (s - slice.begin) * m.span + i, step = BITS == 8 ? k / 4 : k / 8;
         const int shift = BITS == 8 ? 0 : (k / 4 % 2) * 4;
-        const uint8_t* bytes = t.w + step * kStepBytes + k % 4;
+        const uint8_t* bytes = slice.w + step * kStepBytes + k % 4;
         for (int c = 0; c < kColumns; ++c) {
           const int code = BITS == 8 ? bytes[c * 4] : (bytes[c * 4] >> shift) & 15;
           sum[c] += code * t.a[r][s * m.span + i];
         }
       }
-      const uint16_t* scale = t.w_scales + s / m.spans_per_group * kColumns;
+      const uint16_t* scale = slice.w_scales + s / m.spans_per_group * kColumns;
       float* out = t.out + r * kColumns;
       for (int c = 0; c < kColumns; ++c)
         out[c] = static_cast<float>(sum[c]) * (widen(scale[c]) * t.scales[r][s]) + (s > 0 ? out[c] : 0.0f);

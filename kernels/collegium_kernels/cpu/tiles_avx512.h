@@ -40,29 +40,33 @@ void quantise_avx512(Activations& a, int64_t row, const float* x, int64_t width)
   }
 }
 
-constexpr int kAhead = 2048;  // bytes: of what is read next, to L1
+constexpr int kAhead = 4096;  // bytes: of what is read next, to L1
 
+// Eight inputs a step. SHARE: how many tiles read a slice, 2 for two or three, 4 for more. Each fetches its part of what
+// comes next to L2, a line from each of several places in turn: the hardware's own prefetcher follows pages, and so many
+// of them give it time. With few tiles the first also fetches the slice to L1; with many that pushes out what they share.
 // The product is inline assembly because GCC 12 copies every accumulator around the intrinsic: 30 % of the time.
-template <int ROWS, int BITS, int LINES>
-void tile_rows(const Matrix& m, const Tile& t) {
-  constexpr int step = BITS == 8 ? 4 : 8;
+template <int ROWS, int BITS, bool FIRST, int SHARE>
+void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
+  constexpr bool packed = BITS == 4 && FIRST, store = packed && SHARE > 1, near = FIRST && SHARE < 4;
+  constexpr int bytes = packed ? kStepBytes : 2 * kStepBytes;
   const __m512i low = _mm512_set1_epi8(15);
-  const uint8_t* w = t.w;
+  const uint8_t* w = BITS == 4 && !FIRST ? slice.unpacked : slice.w;
+  uint8_t* unpacked = slice.unpacked;
   const char* ahead = reinterpret_cast<const char*>(t.ahead);
-  const uint16_t* w_scales = t.w_scales + t.begin / m.spans_per_group * kColumns;
-  int64_t in_group = t.begin % m.spans_per_group;
+  const uint16_t* w_scales = slice.w_scales + slice.begin / m.spans_per_group * kColumns;
+  int64_t in_group = slice.begin % m.spans_per_group;
   float* const sums = t.out;  // not read again after each store
-  for (int64_t s = t.begin; s < t.end; ++s) {
+  for (int64_t s = slice.begin; s < slice.end; ++s) {
     __m512i sum[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_set1_epi32(t.starts[r][s]);
-    for (int64_t k = s * m.span; k < (s + 1) * m.span; k += step, w += kStepBytes) {
-      for (int line = 0; line < LINES; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
-      ahead += t.advance;
-      // Where each line is used once, fetching it to L1 as well pays; with more rows it does not.
-      for (int line = 0; LINES == 4 && line < LINES; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + line * 64, _MM_HINT_T0);
-      for (int half = 0; half < step / 4; ++half) {
+    for (int64_t k = s * m.span; k < (s + 1) * m.span; k += 8, w += bytes) {
+      for (int line = 0; line < BITS / SHARE; ++line) _mm_prefetch(ahead + line * slice.apart, _MM_HINT_T1);
+      ahead += slice.advance;
+      for (int at = 0; near && at < bytes; at += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + at, _MM_HINT_T0);
+      for (int half = 0; half < 2; ++half) {
         __m512i a[ROWS];
         for (int r = 0; r < ROWS; ++r) {
           int32_t four;
@@ -70,12 +74,14 @@ void tile_rows(const Matrix& m, const Tile& t) {
           a[r] = _mm512_set1_epi32(four);
         }
         for (int c = 0; c < 4; ++c) {
-          const __m512i code = _mm512_loadu_si512(w + c * 64);
-          const __m512i shifted = half ? _mm512_srli_epi16(code, 4) : code;
-          const __m512i u = BITS == 8 ? code : _mm512_and_si512(shifted, low);
+          const __m512i code = _mm512_loadu_si512(w + c * 64 + (packed ? 0 : half * kStepBytes));
+          const __m512i shifted = packed && half ? _mm512_srli_epi16(code, 4) : code;
+          const __m512i u = packed ? _mm512_and_si512(shifted, low) : code;
+          if (store) _mm512_store_si512(unpacked + half * kStepBytes + c * 64, u);
           for (int r = 0; r < ROWS; ++r) asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][c]) : "v"(u), "v"(a[r]));
         }
       }
+      if (store) unpacked += 2 * kStepBytes;
     }
     __m512 scale[4];
     for (int line = 0; line < 2; ++line)
@@ -99,34 +105,23 @@ void tile_rows(const Matrix& m, const Tile& t) {
   }
 }
 
-template <int BITS, int LINES>
-void tile_by_rows(int rows, const Matrix& m, const Tile& t) {
-  switch (rows) {
-    case 1: return tile_rows<1, BITS, LINES>(m, t);
-    case 2: return tile_rows<2, BITS, LINES>(m, t);
-    case 3: return tile_rows<3, BITS, LINES>(m, t);
-    case 4: return tile_rows<4, BITS, LINES>(m, t);
-    case 5: return tile_rows<5, BITS, LINES>(m, t);
-    default: return tile_rows<6, BITS, LINES>(m, t);
+template <int BITS, bool FIRST, int SHARE>
+void tile_by_rows(const Matrix& m, const Slice& slice, const Tile& t) {
+  switch (t.rows) {
+    case 1: return tile_rows<1, BITS, FIRST, SHARE>(m, slice, t);
+    case 2: return tile_rows<2, BITS, FIRST, SHARE>(m, slice, t);
+    case 3: return tile_rows<3, BITS, FIRST, SHARE>(m, slice, t);
+    case 4: return tile_rows<4, BITS, FIRST, SHARE>(m, slice, t);
+    case 5: return tile_rows<5, BITS, FIRST, SHARE>(m, slice, t);
+    default: return tile_rows<6, BITS, FIRST, SHARE>(m, slice, t);
   }
 }
 
-template <int BITS>
-void tile_avx512(int rows, const Matrix& m, const Tile& t) {
-  if (t.advance <= 64) return tile_by_rows<BITS, 1>(rows, m, t);
-  if (t.advance <= 128) return tile_by_rows<BITS, 2>(rows, m, t);
-  return tile_by_rows<BITS, 4>(rows, m, t);
-}
-
-// int4 codes of whole steps as bytes: where many rows share a slice, its halves are taken apart once.
-void unpack_avx512(const uint8_t* w, int64_t bytes, uint8_t* out) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (; bytes > 0; bytes -= kStepBytes, w += kStepBytes, out += 2 * kStepBytes)
-    for (int c = 0; c < kStepBytes; c += 64) {
-      const __m512i code = _mm512_loadu_si512(w + c);
-      _mm512_store_si512(out + c, _mm512_and_si512(code, low));
-      _mm512_store_si512(out + kStepBytes + c, _mm512_and_si512(_mm512_srli_epi16(code, 4), low));
-    }
+template <int BITS, bool FIRST>
+void tile_avx512(const Matrix& m, const Slice& slice, const Tile& t) {
+  if (FIRST && slice.tiles == 1) return tile_by_rows<BITS, FIRST, FIRST ? 1 : 2>(m, slice, t);
+  if (slice.tiles < 4) return tile_by_rows<BITS, FIRST, 2>(m, slice, t);
+  return tile_by_rows<BITS, FIRST && BITS == 4, 4>(m, slice, t);
 }
 
 // exp by 2^n * polynomial, relative error below 1e-6; the ends saturate.
