@@ -189,7 +189,7 @@ def test_read_me_decides_once_for_all_layers_and_causally() -> None:
     first = gate(torch.randn(7, 4), Context(token_ids_T=ids))
     later = gate(torch.randn(7, 4), Context(state_TS=first.state_TS))
     assert torch.equal(first.routing.expert_ids_P, later.routing.expert_ids_P)
-    torch.testing.assert_close(gate.decide(Context(token_ids_T=ids[:4])), first.state_TS[:4], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gate.decide(ids[:4]), first.state_TS[:4], atol=1e-5, rtol=1e-4)
 
 
 # SMILE, SparseMixer

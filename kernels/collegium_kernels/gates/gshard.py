@@ -28,7 +28,7 @@ class GShardGate(LinearGate):
         probs_TE = self.logits(x_TD).softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, 2)
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-        if self.training:
+        if self.training and ids_TK.shape[1] > 1:
             chance_T = torch.rand(x_TD.shape[0], generator=context.generator, device=x_TD.device)
             drop_T = chance_T > 2 * weights_TK[:, 1]
             ids_TK = torch.stack([ids_TK[:, 0], ids_TK[:, 1].masked_fill(drop_T, -1)], dim=1)
@@ -36,7 +36,7 @@ class GShardGate(LinearGate):
         first = rectangular(ids_TK[:, :1], weights_TK[:, :1], num_experts=self.num_experts)
         loss = self.balance * balance_loss(probs_TE, first)  # of first choices, as in the paper's algorithm 1
         if self.capacity_factor is not None:
-            rank_P = torch.arange(2, device=x_TD.device).expand_as(ids_TK)[ids_TK >= 0]
+            rank_P = torch.arange(ids_TK.shape[1], device=x_TD.device).expand_as(ids_TK)[ids_TK >= 0]
             capacity = math.ceil(2 * self.capacity_factor * x_TD.shape[0] / self.num_experts)
             routing = limit_capacity(routing, capacity, rank_P=rank_P)
         return Routed(routing=routing, scores_TE=probs_TE, loss=loss)

@@ -6,7 +6,7 @@ Legend: T tokens, V vocabulary, D width, E experts.
 import torch
 from torch import Tensor
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, needed, top_k
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, needed_ids, top_k
 from collegium_kernels.gates.losses import balance_loss
 
 CARD = Card(title="MaskMoE", source="arXiv 2407.09816", k="1", cost="E D")
@@ -36,7 +36,7 @@ class MaskMoEGate(LinearGate):
         self.register_buffer("visible_VE", order_VE < count_V[:, None])
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        seen_TE = self.visible_VE[needed(context.token_ids_T, "token_ids_T")]
+        seen_TE = self.visible_VE[needed_ids(context, len(x_TD), len(self.visible_VE))]
         probs_TE = self.logits(x_TD).masked_fill(~seen_TE, -torch.inf).softmax(dim=1)
         routing = top_k(probs_TE, 1)
         return Routed(routing=routing, scores_TE=probs_TE, loss=self.balance * balance_loss(probs_TE, routing))

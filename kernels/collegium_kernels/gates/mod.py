@@ -37,9 +37,8 @@ class MoDLayer(nn.Module):
         guess_T = steady_mm(x_TD.detach(), self.predictor)[:, 0]
         count = min(len(x_TD), math.ceil(self.share * len(x_TD)))
         chosen = best(scores_T[None], count)[1][0]
-        loss = functional.binary_cross_entropy_with_logits(
-            guess_T, torch.zeros_like(guess_T).index_fill(0, chosen, 1.0)
-        )
+        truth_T = torch.zeros_like(guess_T).index_fill(0, chosen, 1.0)
+        loss = functional.binary_cross_entropy_with_logits(guess_T, truth_T) if len(x_TD) else guess_T.sum()
         picked = (guess_T > 0).nonzero()[:, 0] if causal else chosen.sort().values
         update = scores_T[picked, None] * self.block(x_TD[picked])
-        return x_TD.index_add(0, picked, update), loss
+        return x_TD.index_add(0, picked, update.to(x_TD.dtype)), loss

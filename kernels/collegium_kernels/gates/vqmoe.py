@@ -53,7 +53,7 @@ class VQMoELayer(nn.Module):
         mixed_TD = self.norm((1 - self.rho) * x_TD + self.rho * (code_TD - x_TD).detach())
         rows = by_expert(routing)
         y_TD = combine(self.experts(dispatch(mixed_TD, rows), rows.indptr_E1), mixed_TD, routing, rows)
-        loss = functional.mse_loss(code_TD, x_TD.detach()) + self.commitment * functional.mse_loss(
-            x_TD, code_TD.detach()
-        )
-        return y_TD, loss
+        if len(x_TD) == 0:
+            return y_TD, y_TD.sum()
+        learn = functional.mse_loss(code_TD, x_TD.detach())
+        return y_TD, learn + self.commitment * functional.mse_loss(x_TD, code_TD.detach())
