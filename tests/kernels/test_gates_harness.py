@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from collegium_kernels import gates
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Context, Routed
 from collegium_kernels.gates.mixtral import MixtralGate
 from collegium_kernels.gates.table import table
@@ -136,6 +137,76 @@ def test_autocast_changes_no_routing(name: str) -> None:
         cast = run(name, gate, x, ids)
     assert torch.equal(cast.routing.dense_TE(), plain.routing.dense_TE())
     assert torch.equal(cast.scores_TE, plain.scores_TE)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"comet"}))
+@pytest.mark.parametrize("training", [True, False])
+def test_one_expert_is_enough(name: str, training: bool) -> None:
+    gate = gates.load(name)(D, 1, **OPTIONS.get(name, {})).train(training)
+    routing = run(name, gate, torch.randn(9, D), torch.randint(0, V, (9,))).routing
+    check_routing(routing, num_tokens=9, num_experts=1)
+
+
+@pytest.mark.parametrize("name", token_choice())
+def test_a_broken_token_reaches_no_other(name: str) -> None:
+    layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F)), torch.randn(9, D), torch.randint(0, V, (9,))
+    broken = x.clone()
+    broken[3], broken[5] = torch.nan, torch.inf
+    with torch.no_grad():
+        whole, hurt = (layer(tokens, context(name, ids))[0] for tokens in (x, broken))
+    others = [t for t in range(9) if t not in (3, 5)]
+    assert torch.equal(whole[others], hurt[others])
+
+
+WRONG_IDS = [
+    (torch.arange(3), "one entry for each of 9 tokens"),
+    (torch.tensor(1), "one entry for each of 9 tokens"),
+    (torch.zeros(9, 1, dtype=torch.long), "one entry for each of 9 tokens"),
+    (torch.zeros(9), "an integer dtype"),
+    (torch.ones(9, dtype=torch.bool), "an integer dtype"),
+    (torch.full((9,), -1), "found -1 to -1"),
+    (torch.full((9,), V), f"found {V} to {V}"),
+]
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))
+@pytest.mark.parametrize(("ids", "words"), WRONG_IDS)
+def test_token_ids_that_do_not_fit_are_named(name: str, ids: torch.Tensor, words: str) -> None:
+    """Three ids for nine tokens gave three outputs."""
+    if name == "mowe" and words.startswith("found"):
+        pytest.skip("any number has a hash")
+    layer = MoELayer(make(name), SwiGLUExperts(E, D, F))
+    with pytest.raises(KernelInputError, match=rf"Context.token_ids_T of shape .*{words}"):
+        layer(torch.randn(9, D), Context(token_ids_T=ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))
+def test_token_ids_of_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
+    gate, x, ids = make(name), torch.randn(9, D), torch.arange(9)
+    wanted = run(name, gate, x, ids).routing.dense_TE()
+    assert torch.equal(run(name, gate, x, ids.to(dtype)).routing.dense_TE(), wanted)
+
+
+@pytest.mark.parametrize("name", ["rmoe", "pregated", "moe_plus_plus", "read_me"])
+@pytest.mark.parametrize("shape", [(3, E), (1, E), (9, 1), (9, 999)])
+def test_a_state_that_does_not_fit_is_named(name: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(KernelInputError, match=r"Context.state_TS of shape"):
+        make(name)(torch.randn(9, D), Context(state_TS=torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("importance", [torch.ones(3), torch.ones(1), torch.ones(9, 1)])
+def test_an_importance_that_does_not_fit_is_named(importance: torch.Tensor) -> None:
+    with pytest.raises(KernelInputError, match=r"Context.importance_T of shape"):
+        make("da_moe")(torch.randn(9, D), Context(importance_T=importance))
+
+
+def test_a_token_of_another_width_or_dtype_is_named() -> None:
+    layer = MoELayer(make("mixtral"), SwiGLUExperts(E, D, F))
+    with pytest.raises(KernelInputError, match=rf"x_RD of shape \(9, {D + 1}\).*: {D} columns"):
+        layer(torch.randn(9, D + 1))
+    with pytest.raises(KernelInputError, match=r"x_PD of shape .*, torch.float64.*the dtype of the experts"):
+        layer(torch.randn(9, D, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", sorted(NEED_TOKEN_IDS))

@@ -11,6 +11,7 @@ from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.cartesian import CartesianLayer
 from collegium_kernels.gates.comet import CometGate, sinkhorn
 from collegium_kernels.gates.dselect_k import DSelectKGate
+from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.gates.mh_moe import MultiHeadMoELayer
 from collegium_kernels.gates.mixtral import MixtralGate
 from collegium_kernels.gates.peer import PeerLayer, product_top_k
@@ -92,6 +93,14 @@ def test_aoe_louder_experts_win_and_equal_a_dense_loop() -> None:
     with torch.no_grad():
         layer.down_ERD[3].mul_(1000)
     assert (layer(x)[1].routing.dense_TE()[:, 3] > 0).all()
+
+
+def test_aoe_weights_sum_to_one_when_asked_and_its_load_is_balanced() -> None:
+    layer, x = AoELayer(10, 5, renormalise=True), torch.randn(9, 10)
+    routed = layer(x)[1]
+    torch.testing.assert_close(routed.routing.dense_TE().sum(dim=1), torch.ones(9))
+    torch.testing.assert_close(routed.loss, 0.01 * balance_loss(routed.scores_TE, routed.routing))
+    assert (AoELayer(10, 5)(x)[1].routing.dense_TE().sum(dim=1) < 1).all()
 
 
 def test_aoe_computes_the_low_rank_activations_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +190,15 @@ def test_tucker_of_rank_one_is_exact_and_rescoring_is_never_worse() -> None:
     column_order = (columns @ vh[0]).topk(4).indices
     first_choices = exact.gather(1, row_order * 10 + column_order)
     assert (values.sum(1) >= first_choices.sum(1) - 1e-5).all()
+
+
+def test_tucker_looks_up_whatever_sign_the_singular_vectors_have() -> None:
+    """A core of rank one over positive scores: the best slots are where rows and columns are largest."""
+    rows, columns = torch.rand(6, 10, 2), torch.rand(6, 10, 2)
+    for core in (torch.ones(2, 2), torch.tensor([[1.0, 2.0], [0.5, 1.0]])):
+        values, _ = tucker_top_k(rows, columns, core, 4)
+        brute = torch.einsum("tir,rs,tjs->tij", rows, core, columns).flatten(1).topk(4).values
+        torch.testing.assert_close(values, brute)
 
 
 def test_ultramem_addresses_are_a_permutation_and_the_table_is_shared() -> None:

@@ -1,13 +1,15 @@
 """Each token-choice gate's own test: the numbers its paper's formula gives by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates import losses
 from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.deepseek import DeepSeekGate, SharedExpert
-from collegium_kernels.gates.dynmoe import DynMoEGate
+from collegium_kernels.gates.dynmoe import DynMoEGate, adapt_experts
 from collegium_kernels.gates.expert_choice import ExpertChoiceGate
 from collegium_kernels.gates.gshard import GShardGate
 from collegium_kernels.gates.hashed import HashGate, balanced_table
@@ -76,6 +78,19 @@ def test_top2_before_and_after_the_softmax() -> None:
     for gate in (MixtralGate(3, 3, order="pre"), MixtralGate(3, 3), GShardGate(3, 3)):
         weights = identity_gate(gate, 3)(z, NOTHING).routing.weights_P
         torch.testing.assert_close(weights, torch.tensor([0.731, 0.269]), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"order": "before"}, "order 'before'"),
+        ({"renormalise": False}, "sums to 1 by itself"),
+        ({"k": -1}, "k is -1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(KernelInputError, match=words):
+        MixtralGate(3, 3, **options)(torch.randn(2, 3), NOTHING)
 
 
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_weight() -> None:
@@ -196,6 +211,12 @@ def test_thor_with_identical_experts_has_no_divergence() -> None:
     assert consistency_loss(logits, logits.flip(1), labels) > consistency_loss(logits, logits.flip(1), labels, alpha=0)
 
 
+def test_thor_serves_the_mean_of_all_experts_when_asked() -> None:
+    gate, x = RandomGate(4, 5, ensemble=True), torch.randn(3, 4)
+    torch.testing.assert_close(gate.eval()(x, NOTHING).routing.dense_TE(), torch.full((3, 5), 0.2))
+    assert gate.train()(x, NOTHING).routing.num_pairs == 3
+
+
 def test_thor_draws_different_experts() -> None:
     generator = torch.Generator().manual_seed(0)
     gate = RandomGate(4, 8)
@@ -283,10 +304,26 @@ def test_remoe_raises_the_penalty_only_while_too_many_are_active() -> None:
     assert float(gate.penalty) == pytest.approx(1.2)
     gate.control(from_topk(torch.tensor([[0], [-1]]), torch.ones(2, 1), num_experts=4))
     assert float(gate.penalty) == pytest.approx(1.0)
+    gate.control(from_topk(torch.zeros(0, 1, dtype=torch.long), torch.ones(0, 1), num_experts=4))
+    assert float(gate.penalty) == pytest.approx(1.0)
+
+
+def test_remoe_layers_may_share_their_k() -> None:
+    """One layer uses three experts, one none: with k = 2 too many for the first alone, too few for both together."""
+    gates = [ReMoEGate(4, 4, k=2, penalty=1.0) for _ in range(2)]
+    routings = [
+        from_topk(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), num_experts=4),
+        from_topk(torch.tensor([[-1]]), torch.ones(1, 1), num_experts=4),
+    ]
+    for gate in gates:
+        gate.control(*routings)
+    assert [float(gate.penalty) for gate in gates] == pytest.approx([1 / 1.2, 1 / 1.2])
+    gates[0].control(routings[0])
+    assert float(gates[0].penalty) == pytest.approx(1.0)
 
 
 def test_dynmoe_adds_an_expert_for_orphans_and_drops_the_dead() -> None:
-    gate = DynMoEGate(4, 3)
+    gate, experts = DynMoEGate(4, 3), SwiGLUExperts(3, 4, 5)
     with torch.no_grad():
         gate.weight_ED.copy_(torch.eye(3, 4))
         gate.threshold_E.fill_(0.5)
@@ -297,6 +334,26 @@ def test_dynmoe_adds_an_expert_for_orphans_and_drops_the_dead() -> None:
     assert gate.num_experts == 3
     torch.testing.assert_close(gate.weight_ED[2], torch.eye(4)[3])
     assert gate.threshold_E[2].item() == 0
+    follow = adapt_experts(experts, kept, added)
+    assert torch.equal(follow.w_down_EDF[:2], experts.w_down_EDF[[0, 1]])
+    assert torch.equal(follow.w_gate_up_EGD[:2], experts.w_gate_up_EGD[[0, 1]])
+    # The checkpoint has the new shapes, and loads where the number of experts is known.
+    layer, saved = MoELayer(gate, follow).eval(), MoELayer(gate, follow).state_dict()
+    loaded = MoELayer(DynMoEGate(4, 3), SwiGLUExperts(3, 4, 5)).eval()
+    loaded.load_state_dict(saved)
+    assert torch.equal(layer(tokens)[0], loaded(tokens)[0])
+    with pytest.raises(KernelInputError, match=r"x_TD of shape \(0, 4\)"):
+        gate.adapt(tokens[:0])
+    assert gate.num_experts == 3
+
+
+def test_dynmoe_leaves_orphans_alone_in_training() -> None:
+    """What adapts the experts to them is that they have none; only afterwards the nearest serves them."""
+    gate, x = DynMoEGate(4, 3), torch.randn(6, 4)
+    with torch.no_grad():
+        gate.threshold_E.fill_(5.0)
+    assert gate.train()(x, NOTHING).routing.counts_T().tolist() == [0] * 6
+    assert gate.eval()(x, NOTHING).routing.counts_T().tolist() == [1] * 6
 
 
 def test_dynmoe_averages_and_never_leaves_a_token_alone() -> None:

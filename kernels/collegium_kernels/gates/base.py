@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.errors import require
+from collegium_kernels.errors import KernelInputError, require
 from collegium_kernels.ragged import INTEGERS, Routing, rectangular
 from collegium_kernels.steady import steady_mm
 
@@ -75,7 +75,11 @@ def fp32_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
 
 
 def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores and their ids, highest first. Ties go to the lowest id, on every device."""
+    """The k highest scores and their ids, highest first; all of them when there are fewer.
+
+    Ties go to the lowest id, on every device."""
+    if k < 0:
+        raise KernelInputError(f"k is {k}: it must be at least 0.")
     ordered = torch.sort(scores_TE, dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
 

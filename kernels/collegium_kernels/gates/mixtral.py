@@ -33,8 +33,6 @@ class MixtralGate(LinearGate):
             raise KernelInputError(f"order '{order}' is not one of pre, post.")
         if order == "post" and not renormalise:
             raise KernelInputError("order 'post' sums to 1 by itself: renormalise=False is for order 'pre'.")
-        if not 0 < k <= num_experts:
-            raise KernelInputError(f"k is {k}: it must lie between 1 and num_experts, which is {num_experts}.")
         self.k, self.order, self.renormalise, self.balance = k, order, renormalise, balance
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, best
-from collegium_kernels.steady import steady_mm
+from collegium_kernels.gates.base import Card, Context, best, fp32_mm
 
 CARD = Card(
     title="Mixture of depths",
@@ -33,8 +32,8 @@ class MoDLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor]:
         """The output and the predictor's loss. ``causal`` lets the predictor choose."""
-        scores_T = steady_mm(x_TD, self.router)[:, 0]
-        guess_T = steady_mm(x_TD.detach(), self.predictor)[:, 0]
+        scores_T = fp32_mm(x_TD, self.router)[:, 0]
+        guess_T = fp32_mm(x_TD.detach(), self.predictor)[:, 0]
         count = min(len(x_TD), math.ceil(self.share * len(x_TD)))
         chosen = best(scores_T[None], count)[1][0]
         truth_T = torch.zeros_like(guess_T).index_fill(0, chosen, 1.0)
