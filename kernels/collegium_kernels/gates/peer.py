@@ -55,7 +55,7 @@ class PeerLayer(nn.Module):
 
     def retrieve(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and numbers of the experts, (tokens, heads, k)."""
-        queries = self.norm(steady_mm(x_TD, self.query).unflatten(1, (self.heads, -1)).flatten(0, 1))
+        queries = self.norm(steady_mm(x_TD, self.query).view(len(x_TD) * self.heads, len(self.query) // self.heads))
         first, second = queries.chunk(2, dim=1)
         scores, numbers = product_top_k(steady_mm(first, self.keys_2NQ[0]), steady_mm(second, self.keys_2NQ[1]), self.k)
         scores = scores.softmax(dim=1) if self.score == "softmax" else scores.relu()

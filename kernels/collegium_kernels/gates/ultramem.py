@@ -82,8 +82,9 @@ class UltraMemLayer(nn.Module):
     def retrieve(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Scores by each core (tokens, k, cores), and virtual slots."""
         first, second = steady_mm(x_TD, self.query).chunk(2, dim=1)
-        rows_TNR = steady_mm(first, self.keys[0]).unflatten(1, (-1, self.rank))
-        columns_TNR = steady_mm(second, self.keys[1]).unflatten(1, (-1, self.rank))
+        sizes = len(x_TD), self.keys.shape[1] // self.rank, self.rank
+        rows_TNR = steady_mm(first, self.keys[0]).view(sizes)
+        columns_TNR = steady_mm(second, self.keys[1]).view(sizes)
         _, numbers_TK = tucker_top_k(rows_TNR, columns_TNR, self.cores.sum(dim=0), self.k)
         N = rows_TNR.shape[1]
         picked_r = rows_TNR.gather(1, (numbers_TK // N)[..., None].expand(-1, -1, self.rank))
