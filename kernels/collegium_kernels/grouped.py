@@ -40,6 +40,8 @@ def run_experts(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_
 
 def combine(y_PD: Tensor, x_TD: Tensor, routing: Routing, rows: ByExpert) -> Tensor:
     """The weighted sum of each token's rows, of itself for identity experts, and of what constant experts add."""
+    T = x_TD.shape[0]
+    require(routing.num_tokens == T, "routing.indptr_T1", routing.indptr_T1, f"one entry more than {T} tokens")
     order_P = torch.empty_like(rows.pairs_P)
     order_P[rows.pairs_P] = torch.arange(order_P.shape[0], device=order_P.device)
     y_TD = segment_sum(y_PD, routing.weights_P, routing.indptr_T1, order_P)

@@ -145,8 +145,11 @@ def from_dense(weights_TE: Tensor, active_TE: Tensor, *, num_experts: int | None
 
 
 def by_expert(routing: Routing) -> ByExpert:
-    """Transpose. The sort is stable: within an expert the rows stay in token order."""
+    """Transpose. The sort is stable: within an expert the rows stay in token order.
+
+    Ids outside the experts raise KernelInputError; values are read on the host only for CPU tensors."""
     E = routing.num_experts
+    _check_ids(routing.expert_ids_P, most=E)
     pairs_P = torch.sort(routing.expert_ids_P, stable=True).indices
     counts_E = torch.zeros(E + 1, dtype=torch.int64, device=pairs_P.device)
     counts_E = counts_E.scatter_add(0, routing.expert_ids_P, torch.ones_like(routing.expert_ids_P))
@@ -233,10 +236,13 @@ def _check_values(routing: Routing) -> None:
     if routing.fixed_k is not None:
         even = bool((indptr.diff() == routing.fixed_k).all())
         require(even, "routing.indptr_T1", indptr, f"{routing.fixed_k} pairs for every token, as fixed_k says")
-    if ids.numel():
-        low, high = (int(v) for v in ids.aminmax())
-        top = routing.num_experts if routing.static else routing.num_experts - 1
-        require(low >= 0 and high <= top, "routing.expert_ids_P", ids, f"ids in [0, {top}], found {low} to {high}")
+    _check_ids(ids, most=routing.num_experts if routing.static else routing.num_experts - 1)
+
+
+def _check_ids(ids_P: Tensor, *, most: int) -> None:
+    if ids_P.device.type == "cpu" and ids_P.numel():
+        low, high = (int(v) for v in ids_P.aminmax())
+        require(low >= 0 and high <= most, "routing.expert_ids_P", ids_P, f"ids in [0, {most}], found {low} to {high}")
 
 
 def _check_topk(ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -79,6 +79,15 @@ def test_other_tokens_change_nothing_unless_the_card_says_so(name: str) -> None:
     assert same is not gates.card(name).batch_dependent
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_how_tokens_lie_in_memory_changes_no_bit(name: str) -> None:
+    gate, x, ids = make(name), torch.randn(33, D), torch.randint(0, V, (33,))
+    wanted = run(name, gate, x, ids).routing.dense_TE()
+    strided, unaligned = x.t().contiguous().t(), torch.empty(33 * D + 1)[1:].view(33, D).copy_(x)
+    for same in (strided, unaligned):
+        assert torch.equal(run(name, gate, same, ids).routing.dense_TE(), wanted)
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_NORMALISED - {"stable_moe", "expert_choice"}))
 def test_identical_experts_are_one_feed_forward_network(name: str) -> None:
     layer, x, ids = MoELayer(make(name), SwiGLUExperts(E, D, F)), torch.randn(9, D), torch.randint(0, V, (9,))

@@ -229,6 +229,11 @@ def test_comet_learns_an_order_of_the_leaves_and_hardens_it() -> None:
     torch.testing.assert_close(soft, hard, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(hard.sum(dim=1), torch.ones(5))
     assert (hard - plain(x, Context()).scores_TE).abs().max() > 1e-3
+    loaded = CometGate(6, 8, k=2, search=True).eval()
+    loaded.load_state_dict(gate.state_dict())
+    assert torch.equal(loaded(x, Context()).scores_TE, hard)
+    loaded.load_state_dict(CometGate(6, 8, k=2, search=True).state_dict())
+    assert loaded.order_KE is None
     with torch.no_grad():
         gate.nodes.mul_(1e4)
     assert (gate(x, Context()).scores_TE > 0).sum(dim=1).max() <= 2

@@ -31,7 +31,8 @@ class DynMoEGate(nn.Module):
         return self.weight_ED.shape[0]
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        unit_TD = x_TD.float() / x_TD.float().square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        x_TD = x_TD.float().contiguous()  # a sum over strided rows is in another order
+        unit_TD = x_TD / x_TD.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
         cosines_TE = fp32_mm(unit_TD, functional.normalize(self.weight_ED.float(), dim=1))
         return steady_map(torch.sigmoid, self.scale * cosines_TE)
 
