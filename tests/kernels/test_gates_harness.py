@@ -238,6 +238,17 @@ def test_every_gate_file_is_in_the_registry() -> None:
     assert files == {target.partition(":")[0] for target in (gates.GATES | gates.OTHERS).values()}
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "gates.md"
+
+
 def test_the_table_in_the_docs_is_the_registry() -> None:
-    docs = Path(__file__).parents[2] / "docs" / "gates.md"
-    assert docs.read_text() == table(), "run: python -m collegium_kernels.gates.table > docs/gates.md"
+    assert DOCS.read_text() == table(), "run: python -m collegium_kernels.gates.table > docs/gates.md"
+
+
+def test_the_gate_of_ones_own_in_the_docs_runs() -> None:
+    shown: dict[str, Any] = {}
+    exec(DOCS.read_text().partition("```python\n")[2].partition("```")[0], shown)
+    counts = shown["routed"].routing.counts_T()
+    assert 1 <= counts.min() < counts.max()
+    trained = shown["layer"](shown["x_TD"])[0]
+    assert (shown["y_TD"] - trained).norm() <= 0.03 * trained.norm()

@@ -125,6 +125,18 @@ def test_vqmoe_routes_codes_by_their_number() -> None:
     assert y.shape == (5, 8)
 
 
+def test_the_codes_of_vqmoe_cannot_collapse_on_one_expert() -> None:
+    """Tokens that are spread over the codes are spread over the experts, whatever the router has learnt."""
+    layer, count = VQMoELayer(moe(8, E=4), 8, codes=16), []
+    layer.discrete_only = True
+    real = layer.experts.forward
+    layer.experts.forward = lambda x, indptr: count.append(indptr.diff().tolist()) or real(x, indptr)
+    with torch.no_grad():
+        layer.layer.gate.weight_ED.zero_()
+    layer(layer.codebook_CD.detach())
+    assert count == [[4, 4, 4, 4]]
+
+
 def test_cartesian_counts_paths_and_falls_back_to_its_first_half() -> None:
     first, second, x = moe(8, E=4), moe(8, E=4), torch.randn(400, 8)
     layer = CartesianLayer(first, second, 8)

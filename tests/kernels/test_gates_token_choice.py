@@ -56,6 +56,7 @@ def test_switch_weight_is_the_probability_and_even_load_costs_alpha() -> None:
     gate = identity_gate(SwitchGate(2, 2, z=0.0), 2)
     routed = gate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), NOTHING)
     torch.testing.assert_close(routed.routing.weights_P, torch.full((2,), math.e / (1 + math.e)))
+    torch.testing.assert_close(routed.loss, torch.tensor(0.01))
     even = from_topk(torch.tensor([[0], [1]]), torch.ones(2, 1), num_experts=2)
     torch.testing.assert_close(losses.balance_loss(torch.full((2, 2), 0.5), even), torch.tensor(1.0))
 
@@ -91,6 +92,14 @@ def test_top2_before_and_after_the_softmax() -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelInputError, match=words):
         MixtralGate(3, 3, **options)(torch.randn(2, 3), NOTHING)
+
+
+def test_only_weights_that_are_not_renormalised_pull_at_every_score() -> None:
+    for options, pulled in (({"order": "pre", "renormalise": False}, 3), ({"order": "pre"}, 2), ({}, 2)):
+        gate, z = identity_gate(MixtralGate(3, 3, balance=0.0, **options), 3), torch.tensor([[2.0, 1.0, 0.0]])
+        z.requires_grad_()
+        gate(z, NOTHING).routing.weights_P[0].backward()
+        assert int((z.grad.abs() > 1e-6).sum()) == pulled
 
 
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_weight() -> None:
@@ -176,8 +185,21 @@ def test_stable_moe_routes_by_token_id_in_stage_two() -> None:
     assert experts[0] == experts[2] == experts[3]
     assert experts[1] == experts[4]
     assert float(routed.loss) == 0
-    assert not gate.embedding.weight.requires_grad
-    assert not gate.light_ES.requires_grad
+    layer = MoELayer(gate, SwiGLUExperts(4, 8, 6))
+    layer(torch.randn(5, 8), Context(token_ids_T=ids))[0].sum().backward()
+    assert gate.embedding.weight.grad is None
+    assert gate.light_ES.grad is None
+
+
+def test_stable_moe_learns_balance_and_distils_in_stage_one() -> None:
+    """Expert 0 has three of four tokens, 2 more than the mean of 1; experts 2 and 3 none."""
+    gate = identity_gate(StableMoEGate(4, 4, vocab_size=10), 4)
+    x, ids = torch.eye(4)[[0, 0, 0, 1]], torch.arange(4)
+    routed = gate(x, Context(token_ids_T=ids))
+    strong = torch.tensor(1.0).sigmoid()
+    light = gate.embedding(ids) @ gate.light_ES.t()
+    distil = torch.nn.functional.cross_entropy(light, torch.tensor([0, 0, 0, 1]))
+    torch.testing.assert_close(routed.loss, 0.3 * 2 * 3 * strong / 4 + 0.3 * distil)
 
 
 def test_stable_moe_keeps_the_rest_of_the_token() -> None:

@@ -1,6 +1,7 @@
 """Cache policies on traces one can follow by hand, and against brute force."""
 
 import itertools
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,31 @@ def test_lru_and_lfu_by_hand() -> None:
     trace = one_layer("0001231230")
     assert replay(trace, Lru(), 2).hits == 2
     assert replay(trace, Lfu(), 2).hits == 3
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_lru_equals_an_ordered_dict(seed: int, slots: int) -> None:
+    trace, held, hits = random_trace(S=40, K=1, seed=seed), OrderedDict[tuple[int, int], None](), 0
+    for _, layer, (expert,) in trace.needs():
+        key = (layer, expert)
+        hits += key in held
+        held[key] = None
+        held.move_to_end(key)
+        if len(held) > slots:
+            held.popitem(last=False)
+    assert replay(trace, Lru(), slots).hits == hits
+
+
+def test_hit_rate_grows_with_how_often_an_expert_is_used_again() -> None:
+    rates = []
+    for again in (0.0, 0.5, 0.9):
+        generator, ids = torch.Generator().manual_seed(0), [0]
+        for _ in range(400):
+            stay = torch.rand((), generator=generator) < again
+            ids.append(ids[-1] if stay else int(torch.randint(0, 8, (), generator=generator)))
+        rates.append(replay(one_layer("".join(map(str, ids)), E=8), Lru(), 2).hit_rate)
+    assert rates[0] < rates[1] < rates[2]
 
 
 def test_belady_by_hand_and_never_beaten() -> None:
