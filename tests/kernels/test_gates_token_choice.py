@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from collegium_kernels import gates
 from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates import losses
 from collegium_kernels.gates.base import Context
@@ -82,16 +83,21 @@ def test_top2_before_and_after_the_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("name", "options", "words"),
     [
-        ({"order": "before"}, "order 'before'"),
-        ({"renormalise": False}, "sums to 1 by itself"),
-        ({"k": -1}, "k is -1"),
+        ("mixtral", {"order": "before"}, "order 'before'"),
+        ("mixtral", {"renormalise": False}, "sums to 1 by itself"),
+        ("mixtral", {"k": -1}, "k is -1"),
+        ("deepseek", {"devices": 2}, "3 experts do not divide among 2 devices"),
+        ("smile", {"nodes": 2}, "3 experts do not divide among 2 nodes"),
+        ("mask_moe", {"visible": 0}, "visible is 0"),
+        ("mask_moe", {"visible": 4}, "visible is 4"),
+        ("mowe", {"frequency_V": torch.ones(9)}, r"frequency_V of shape \(9,\)"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelInputError, match=words):
-        MixtralGate(3, 3, **options)(torch.randn(2, 3), NOTHING)
+        gates.load(name)(3, 3, **options)(torch.randn(2, 3), NOTHING)
 
 
 def test_only_weights_that_are_not_renormalised_pull_at_every_score() -> None:

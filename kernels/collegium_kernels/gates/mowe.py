@@ -6,6 +6,7 @@ Legend: T tokens, V routing ids, E experts.
 import torch
 from torch import Tensor, nn
 
+from collegium_kernels.errors import require
 from collegium_kernels.gates.base import Card, Context, Routed, needed_ids, zero
 from collegium_kernels.gates.hashed import balanced_table
 from collegium_kernels.ragged import rectangular
@@ -32,6 +33,10 @@ class WordGate(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.ngram, self.routing_vocab = num_experts, ngram, routing_vocab
+        if frequency_V is not None:
+            require(
+                frequency_V.shape == (routing_vocab,), "frequency_V", frequency_V, f"one for each of {routing_vocab}"
+            )
         table_V = torch.arange(routing_vocab) % num_experts
         self.register_buffer("table_V", table_V if frequency_V is None else balanced_table(frequency_V, num_experts))
 
