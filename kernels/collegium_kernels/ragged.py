@@ -7,7 +7,7 @@ Ids outside [0, E) are not experts. Null and zero experts are such ids, and so n
 of identity experts is gathered in ``copy_T`` and costs one multiplication a token.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -196,6 +196,19 @@ def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = N
         expert_ids_P=routing.expert_ids_P[keep_P],
         weights_P=routing.weights_P[keep_P],
         fixed_k=None,
+    )
+
+
+def concatenate(parts: Sequence[Routing]) -> Routing:
+    """One routing for the tokens of all parts, one part after the other. Of identity and constant experts there must be
+    none."""
+    if any(part.copy_T is not None or part.add_TD is not None for part in parts):
+        raise KernelInputError("routings with copy_T or add_TD cannot be put together.")
+    return Routing(
+        indptr_T1=_indptr(torch.cat([part.counts_T() for part in parts])),
+        expert_ids_P=torch.cat([part.expert_ids_P for part in parts]),
+        weights_P=torch.cat([part.weights_P for part in parts]),
+        num_experts=parts[0].num_experts,
     )
 
 

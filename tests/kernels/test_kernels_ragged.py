@@ -8,6 +8,7 @@ from collegium_kernels.ragged import (
     by_expert,
     by_token,
     check_routing,
+    concatenate,
     from_dense,
     from_topk,
     limit_capacity,
@@ -180,3 +181,10 @@ def test_a_rank_for_each_pair() -> None:
     routing = from_topk(torch.zeros(4, 1, dtype=torch.long), torch.rand(4, 1), num_experts=2)
     with pytest.raises(KernelInputError, match="rank_P of shape"):
         limit_capacity(routing, 1, rank_P=torch.zeros(3, dtype=torch.long))
+
+
+def test_routings_with_cheap_experts_are_not_put_together() -> None:
+    plain = from_topk(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), num_experts=2)
+    copying = from_topk(torch.full((2, 1), 2), torch.ones(2, 1), num_experts=2, identity_ids=(2,))
+    with pytest.raises(KernelInputError, match="copy_T"):
+        concatenate([plain, copying])

@@ -10,21 +10,40 @@ from torch import Tensor
 
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
 from collegium_kernels.gates.losses import balance_loss
-from collegium_kernels.ragged import from_topk, limit_capacity, rectangular
+from collegium_kernels.ragged import concatenate, from_topk, limit_capacity, rectangular
 
 CARD = Card(title="GShard top-2", source="arXiv 2006.16668", k="1 to 2 in training, 2 after", cost="E D")
 
 
 class GShardGate(LinearGate):
-    """In training the second expert stays with probability min(1, 2 g2). First choices fill the capacity first."""
+    """In training the second expert stays with probability min(1, 2 g2). First choices fill the capacity first.
+
+    ``groups`` cuts the tokens in as many parts, each with its own share of the capacity and its own loss, so that a
+    token competes with its part alone."""
 
     def __init__(
-        self, width: int, num_experts: int, *, capacity_factor: float | None = None, balance: float = 0.01
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        capacity_factor: float | None = None,
+        groups: int = 1,
+        balance: float = 0.01,
     ) -> None:
         super().__init__(width, num_experts)
-        self.capacity_factor, self.balance = capacity_factor, balance
+        self.capacity_factor, self.groups, self.balance = capacity_factor, groups, balance
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
+        if self.groups == 1:
+            return self._route(x_TD, context)
+        parts = [self._route(part_TD, context) for part_TD in x_TD.tensor_split(self.groups)]
+        return Routed(
+            routing=concatenate([part.routing for part in parts]),
+            scores_TE=torch.cat([part.scores_TE for part in parts]),
+            loss=torch.stack([part.loss for part in parts]).mean(),
+        )
+
+    def _route(self, x_TD: Tensor, context: Context) -> Routed:
         probs_TE = self.logits(x_TD).softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, 2)
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
