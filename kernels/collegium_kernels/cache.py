@@ -118,7 +118,7 @@ class ExpertCache:
 
     def need(self, layer: int, experts: Collection[int], now: Now) -> list[Key]:
         """The experts to load now. None of those needed together makes way for another."""
-        keys = [(layer, e) for e in experts]
+        keys = [(layer, e) for e in dict.fromkeys(experts)]
         missing = [key for key in keys if key not in self.resident]
         self.tally.hits += len(keys) - len(missing)
         self.tally.misses += len(missing)
@@ -129,7 +129,7 @@ class ExpertCache:
 
     def prefetch(self, keys: Iterable[Key], now: Now, keep: Collection[Key]) -> list[Key]:
         """The experts to load ahead. ``keep`` are in use."""
-        wanted = [key for key in keys if key not in self.resident]
+        wanted = [key for key in dict.fromkeys(keys) if key not in self.resident]
         loaded = []
         for key in wanted:
             if self._admit(key, now, keep={*keep, *wanted}):

@@ -239,6 +239,12 @@ def test_every_name_in_the_registry_loads_and_has_a_card() -> None:
     assert set(gates.GATES) & set(gates.OTHERS) == set()
 
 
+def test_a_name_that_is_no_gate_is_told_all_of_them() -> None:
+    for ask in (gates.load, gates.card):
+        with pytest.raises(KernelInputError, match=r"gate 'topp' is not one of .*top_p"):
+            ask("topp")
+
+
 def test_every_gate_file_is_in_the_registry() -> None:
     folder = Path(gates.__file__).parent
     helpers = {"__init__", "base", "table", "smooth_step"}

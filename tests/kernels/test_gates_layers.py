@@ -125,6 +125,14 @@ def test_vqmoe_routes_codes_by_their_number() -> None:
     assert y.shape == (5, 8)
 
 
+def test_vqmoe_finds_the_nearest_code_in_fp32() -> None:
+    layer, x = VQMoELayer(moe(8), 8, codes=64).bfloat16(), torch.randn(300, 8).bfloat16()
+    nearest = torch.cdist(x.double(), layer.codebook_CD.double()).argmin(dim=1)
+    assert torch.equal(layer.codes(x), nearest)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.float().codes(x.float()), nearest)
+
+
 def test_the_codes_of_vqmoe_cannot_collapse_on_one_expert() -> None:
     """Tokens that are spread over the codes are spread over the experts, whatever the router has learnt."""
     layer, count = VQMoELayer(moe(8, E=4), 8, codes=16), []

@@ -172,6 +172,18 @@ def test_experts_needed_together_do_not_evict_each_other() -> None:
     assert ExpertCache(0, Lru()).need(0, [3], now) == [(0, 3)]
 
 
+def test_an_expert_asked_for_twice_is_loaded_once() -> None:
+    """A guess may name one twice, and threw two others out for it."""
+    cache, now = ExpertCache(2, Lru()), Now(step=0, layer=0, tick=0)
+    cache.need(0, [0, 1], now)
+    later = Now(step=1, layer=0, tick=1)
+    assert cache.prefetch([(1, 3), (1, 3)], later, keep=()) == [(1, 3)]
+    assert len(cache.resident) == 2
+    assert cache.tally.prefetched == 1
+    assert cache.need(0, [2, 2], Now(step=2, layer=0, tick=2)) == [(0, 2)]
+    assert cache.tally.misses == 3
+
+
 def test_allocation_equals_brute_force() -> None:
     trace = random_trace(L=3, E=5)
     curves = miss_curves(trace)
