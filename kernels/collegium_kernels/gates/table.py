@@ -9,8 +9,8 @@ HEAD = """# Gates
 Generated from the registry by `python -m collegium_kernels.gates.table > docs/gates.md`; a test compares.
 T tokens, D width, E experts, k experts a token, and F, N, M, R, Q, S, A, C, H, K as in the gate's own file. The cost is
 in multiplications a token beside the experts'. "Batch dependent" means that tokens of other requests, or later ones,
-may change what a token gets. Where it says no, not one bit changes; in attention (MoA, MoBA) the last bits may, with the
-length of the sequence.
+may change what a token gets. Where it says no, not one bit changes; in attention (MoA, MoBA) the last bits may, with
+the length of the sequence.
 
 | name | gate | kind | source | experts a token | batch dependent | cost |
 |---|---|---|---|---|---|---|
