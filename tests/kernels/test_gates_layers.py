@@ -11,6 +11,7 @@ from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.cartesian import CartesianLayer
 from collegium_kernels.gates.comet import CometGate, sinkhorn
 from collegium_kernels.gates.dselect_k import DSelectKGate
+from collegium_kernels.gates.hashed import HashGate
 from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.gates.mh_moe import MultiHeadMoELayer
 from collegium_kernels.gates.mixtral import MixtralGate
@@ -19,6 +20,7 @@ from collegium_kernels.gates.smooth_step import code_probabilities, smooth_step
 from collegium_kernels.gates.ultramem import UltraMemLayer, second_singular_penalty, tucker_top_k
 from collegium_kernels.gates.vqmoe import VQMoELayer
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
+from collegium_kernels.reference import swiglu
 from torch.nn import functional
 
 NOTHING = Context()
@@ -169,6 +171,17 @@ def test_mh_moe_with_one_head_and_identities_is_the_plain_layer() -> None:
     assert split(x)[0].shape == (5, 8)
     with pytest.raises(ValueError, match="does not divide"):
         MultiHeadMoELayer(inner, 8, heads=3)
+
+
+def test_the_parts_of_a_token_have_its_id() -> None:
+    inner = MoELayer(HashGate(4, 4, vocab_size=9), SwiGLUExperts(4, 4, 6))
+    layer, x, ids = MultiHeadMoELayer(inner, 8, heads=2), torch.randn(5, 8), torch.tensor([3, 1, 3, 0, 8])
+    parts = (x @ layer.split.weight.t()).view(10, 4)
+    chosen = inner.gate.table_V[ids].repeat_interleave(2)
+    experts = inner.experts
+    outputs = [swiglu(p, experts.w_gate_up_EGD[e], experts.w_down_EDF[e]) for p, e in zip(parts, chosen, strict=True)]
+    wanted = torch.cat(outputs).view(5, 8) @ layer.merge.weight.t()
+    torch.testing.assert_close(layer(x, Context(token_ids_T=ids))[0], wanted, atol=1e-5, rtol=1e-4)
 
 
 # Product keys and memory
