@@ -1,0 +1,129 @@
+"""Losses and weights of the gates against the papers' formulas, worked out apart from the code."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from collegium_kernels.gates.adamoe import AdaMoEGate
+from collegium_kernels.gates.base import Context
+from collegium_kernels.gates.comet import CometGate, sinkhorn
+from collegium_kernels.gates.dselect_k import DSelectKGate
+from collegium_kernels.gates.dynmoe import DynMoEGate
+from collegium_kernels.gates.expert_choice import ExpertChoiceGate
+from collegium_kernels.gates.moe_plus_plus import MoEPlusPlusGate
+from collegium_kernels.gates.remoe import ReMoEGate
+from collegium_kernels.gates.switch import SwitchGate
+from collegium_kernels.gates.xmoe import XMoEGate
+from torch import Tensor, nn
+
+NOTHING = Context()
+
+
+def identity_gate(gate: nn.Module, E: int) -> nn.Module:
+    """The gate whose logits are its input."""
+    with torch.no_grad():
+        gate.weight_ED.copy_(torch.eye(gate.weight_ED.shape[0], E))
+    return gate.eval()
+
+
+def balance(probs_TE: Tensor, load_E: list[int]) -> Tensor:
+    """E x sum of f_i P_i."""
+    share = torch.tensor(load_E) / sum(load_E)
+    return len(load_E) * (share * probs_TE.mean(dim=0)).sum()
+
+
+def test_switch_adds_both_losses_and_rounds_its_capacity_up() -> None:
+    z = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    loss = 0.01 * balance(z.softmax(dim=1), [1, 1, 0]) + 0.001 * z.exp().sum(dim=1).log().square().mean()
+    torch.testing.assert_close(identity_gate(SwitchGate(3, 3), 3)(z, NOTHING).loss, loss)
+    full = identity_gate(SwitchGate(2, 2, capacity_factor=1.0), 2)
+    assert full(torch.tensor([[3.0, 0.0]]).repeat(3, 1), NOTHING).routing.counts_T().tolist() == [1, 1, 0]
+
+
+def test_expert_choice_scores_each_token_over_the_experts() -> None:
+    z = torch.randn(6, 3)
+    routed = identity_gate(ExpertChoiceGate(3, 3, capacity_factor=1.0), 3)(z, NOTHING)
+    probs, wanted = z.softmax(dim=1), torch.zeros(6, 3)
+    for e in range(3):
+        for t in probs[:, e].topk(2).indices:
+            wanted[t, e] = probs[t, e]
+    torch.testing.assert_close(routed.routing.dense_TE(), wanted)
+
+
+@pytest.mark.parametrize(("experts", "loss"), [(4, 0.01 * math.log(4)), (3, 0.01 * 0.75 * math.log(4) + 1 / 0.75)])
+def test_dselect_pays_for_indecision_and_for_numbers_without_an_expert(experts: int, loss: float) -> None:
+    """Undecided bits: each of four numbers has a quarter; of three experts' selectors a quarter goes nowhere."""
+    gate = DSelectKGate(5, experts)
+    with torch.no_grad():
+        gate.weight_bits.zero_()
+    torch.testing.assert_close(gate(torch.randn(2, 5), NOTHING).loss, torch.tensor(loss))
+
+
+def test_comet_is_one_softmax_over_the_leaves_of_all_trees() -> None:
+    gate, x = CometGate(5, 4, k=2), torch.randn(3, 5)
+    routed, wanted, entropy = gate(x, NOTHING), torch.zeros(3, 4), torch.zeros(())
+    for t in range(3):
+        step = [0.5 + 1.5 * v - 2 * v**3 for v in (gate.nodes @ x[t]).clamp(-0.5, 0.5).tolist()]
+        leaves = (gate.leaves @ x[t]).tolist()
+        top, weight = {}, {}
+        for s, leaf in itertools.product(range(2), range(4)):
+            root, below = step[3 * s], step[3 * s + (1 if leaf < 2 else 2)]
+            top[s, leaf] = (root if leaf < 2 else 1 - root) * (below if leaf % 2 == 0 else 1 - below)
+            weight[s, leaf] = top[s, leaf] * math.exp(leaves[4 * s + leaf])
+        for (_, leaf), value in weight.items():
+            wanted[t, leaf] += value / sum(weight.values())
+        entropy -= sum(v * math.log(v) for v in top.values() if v > 0) / (3 * 2)
+    torch.testing.assert_close(routed.scores_TE, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(routed.loss, 0.01 * entropy, atol=1e-6, rtol=1e-4)
+
+
+def test_comet_explores_with_gumbel_noise() -> None:
+    gate, x = CometGate(5, 4, search=True, temperature=0.5), torch.randn(3, 5)
+    made = gate._to_experts(leaves := torch.rand(3, 2, 4), torch.Generator().manual_seed(3))
+    u = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(3))
+    near = sinkhorn(gate.search_KEE + 0.5 * -torch.log(-torch.log(u)), temperature=0.5)
+    torch.testing.assert_close(made, torch.einsum("tke,kef->tkf", leaves, near))
+    assert gate(x, NOTHING).scores_TE.shape == (3, 4)
+
+
+def test_remoe_charges_busy_experts() -> None:
+    """E / (k T) x count of each, times the mean of its weights: 4 / (2 x 2) x (2 x 2 + 1 x 1.5)."""
+    gate = identity_gate(ReMoEGate(4, 4, k=2, penalty=0.1), 4)
+    routed = gate(torch.tensor([[1.0, 3.0, -1.0, 0.0], [3.0, -2.0, -1.0, -1.0]]), NOTHING)
+    torch.testing.assert_close(routed.loss, torch.tensor(0.1 * 4 / (2 * 2) * (2 * 2 + 1 * 1.5)))
+
+
+def test_dynmoe_scales_cosines_and_keeps_its_experts_apart_and_short() -> None:
+    gate = DynMoEGate(3, 2, scale=4.0)
+    with torch.no_grad():
+        gate.weight_ED.copy_(torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    overlap = torch.tensor([[4.0 - 1, 2.0], [2.0, 2.0 - 1]])
+    loss = 0.01 * (overlap.square().sum().sqrt() + (2 + math.sqrt(2)) / 2)
+    routed = gate(torch.tensor([[0.0, 5.0, 0.0]]), NOTHING)
+    torch.testing.assert_close(routed.loss, loss)
+    torch.testing.assert_close(routed.scores_TE, torch.tensor([[0.0, 4 / math.sqrt(2)]]).sigmoid())
+
+
+def test_adamoes_null_experts_share_their_load() -> None:
+    """All the load is on the null expert 2, whose scores are the higher: the loss counts half of it on each."""
+    z = torch.tensor([[0.0, 0.0, 3.0, 1.0]])
+    routed = identity_gate(AdaMoEGate(4, 2, null_experts=2, k=1), 4)(z, NOTHING)
+    probs = z.softmax(dim=1)[0]
+    torch.testing.assert_close(routed.loss, 0.01 * 4 * (probs[2] + probs[3]) / 2)
+
+
+def test_moe_plus_plus_asks_less_of_cheap_experts() -> None:
+    """f counts a token once for each of its two experts, 0 and the zero expert 2; the latter weighs tau."""
+    z = torch.tensor([[3.0, 0.0, 2.0, 0.0, 0.0, 0.0]])
+    routed = identity_gate(MoEPlusPlusGate(6, 2, tau=0.25), 6)(z, NOTHING)
+    probs = z.softmax(dim=1)[0]
+    torch.testing.assert_close(routed.loss, 0.01 * (probs[0] + 0.25 * probs[2]))
+    assert routed.routing.weights_P.tolist() == [1.0]  # the zero expert's share goes to the other
+
+
+def test_xmoe_balances_all_the_experts_it_chose() -> None:
+    z = torch.tensor([[2.0, 1.9, -5.0], [4.0, -5.0, -5.0]])
+    routed = identity_gate(XMoEGate(3, 3, threshold=0.9), 3)(z, NOTHING)
+    assert routed.routing.counts_T().tolist() == [2, 1]
+    torch.testing.assert_close(routed.loss, 0.01 * balance(z.softmax(dim=1), [2, 1, 0]))
