@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 from collegium_kernels.gates.adamoe import AdaMoEGate
+from collegium_kernels.gates.aoe import AoELayer
 from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.comet import CometGate, sinkhorn
+from collegium_kernels.gates.da_moe import DAMoEGate, importance
 from collegium_kernels.gates.dselect_k import DSelectKGate
 from collegium_kernels.gates.dynmoe import DynMoEGate
 from collegium_kernels.gates.expert_choice import ExpertChoiceGate
 from collegium_kernels.gates.moe_plus_plus import MoEPlusPlusGate
 from collegium_kernels.gates.remoe import ReMoEGate
+from collegium_kernels.gates.rmoe import RMoEGate
+from collegium_kernels.gates.smile import SmileGate
 from collegium_kernels.gates.switch import SwitchGate
 from collegium_kernels.gates.xmoe import XMoEGate
 from torch import Tensor, nn
@@ -127,3 +131,43 @@ def test_xmoe_balances_all_the_experts_it_chose() -> None:
     routed = identity_gate(XMoEGate(3, 3, threshold=0.9), 3)(z, NOTHING)
     assert routed.routing.counts_T().tolist() == [2, 1]
     torch.testing.assert_close(routed.loss, 0.01 * balance(z.softmax(dim=1), [2, 1, 0]))
+
+
+def test_da_moe_rounds_the_number_of_experts_to_the_nearest() -> None:
+    gate = DAMoEGate(4, 8, k_max=4).eval()
+    given = Context(importance_T=torch.tensor([0.0, 0.3, 0.4, 0.6, 0.65, 1.0]))
+    assert gate(torch.randn(6, 4), given).routing.counts_T().tolist() == [1, 1, 2, 2, 3, 4]
+
+
+def test_da_moes_importance_is_the_mean_over_the_queries_that_could_see_a_token() -> None:
+    """Of two tokens the second is seen by itself alone, with half of its attention; the first by both."""
+    attention = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])
+    torch.testing.assert_close(importance(attention), torch.tensor([1.0, 0.5 / 0.75]))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_rmoe_is_a_gru_of_the_layer_belows_state(detach: bool) -> None:
+    gate, theirs = RMoEGate(4, 3, state=5, detach=detach).eval(), nn.GRUCell(5, 5)
+    with torch.no_grad():
+        theirs.weight_ih.copy_(gate.gru.weight_input)
+        theirs.weight_hh.copy_(gate.gru.weight_state)
+        theirs.bias_ih.zero_()
+        theirs.bias_hh.zero_()
+    x, below = torch.randn(6, 4), torch.randn(6, 5, requires_grad=True)
+    state = gate(x, Context(state_TS=below)).state_TS
+    torch.testing.assert_close(state, theirs(x @ gate.project_SD.t(), below), atol=1e-6, rtol=1e-5)
+    state.sum().backward()
+    assert (below.grad is None) is detach
+
+
+def test_smile_balances_nodes_and_places_apart() -> None:
+    gate, x = SmileGate(6, 4, nodes=2).eval(), torch.randn(5, 6)
+    node, place = (part.logits(x).softmax(dim=1) for part in (gate.inter, gate.intra))
+    loads = [torch.bincount(p.argmax(dim=1), minlength=2).tolist() for p in (node, place)]
+    torch.testing.assert_close(gate(x, NOTHING).loss, 0.01 * (balance(node, loads[0]) + balance(place, loads[1])))
+
+
+def test_aoe_scores_by_the_euclidean_norm() -> None:
+    layer, x = AoELayer(6, 3, rank=4), torch.randn(5, 6)
+    norms = torch.stack([torch.linalg.vector_norm(x @ layer.down_ERD[e].t(), dim=1) for e in range(3)], dim=1)
+    torch.testing.assert_close(layer(x)[1].scores_TE, norms.softmax(dim=1))
