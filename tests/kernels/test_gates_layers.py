@@ -127,6 +127,20 @@ def test_vqmoe_routes_codes_by_their_number() -> None:
     assert y.shape == (5, 8)
 
 
+def test_vqmoe_equals_a_loop_over_both_branches() -> None:
+    inner, x, rho = moe(8), torch.randn(5, 8), 0.1
+    layer, w = VQMoELayer(inner, 8, codes=16), inner.experts
+    y, loss = layer(x)
+    codes = torch.cdist(x, layer.codebook_CD).argmin(dim=1)
+    mix = (x @ layer.mix_2D.t()).softmax(dim=1)
+    for t, c in enumerate(codes.tolist()):
+        mixed = functional.layer_norm((1 - 2 * rho) * x[t] + rho * layer.codebook_CD[c], (8,))
+        discrete = swiglu(mixed, w.w_gate_up_EGD[c % 4], w.w_down_EDF[c % 4])
+        torch.testing.assert_close(y[t], mix[t, 0] * inner(x)[0][t] + mix[t, 1] * discrete, atol=1e-5, rtol=1e-4)
+    distance = (x - layer.codebook_CD[codes]).square().mean()
+    torch.testing.assert_close(loss, 1.25 * distance + inner(x)[1].loss)
+
+
 def test_vqmoe_finds_the_nearest_code_in_fp32() -> None:
     layer, x = VQMoELayer(moe(8), 8, codes=64).bfloat16(), torch.randn(300, 8).bfloat16()
     nearest = torch.cdist(x.double(), layer.codebook_CD.double()).argmin(dim=1)
@@ -167,6 +181,8 @@ def test_mh_moe_with_one_head_and_identities_is_the_plain_layer() -> None:
         layer.split.weight.copy_(torch.eye(8))
         layer.merge.weight.copy_(torch.eye(8))
     torch.testing.assert_close(layer(x)[0], inner(x)[0])
+    largest = 2**-0.5 * (6 / (400 + 400)) ** 0.5  # Xavier, with the gain 1 / sqrt(2)
+    assert 0.9 * largest < MultiHeadMoELayer(moe(200), 400, heads=2).split.weight.abs().max() <= largest
     split = MultiHeadMoELayer(moe(4), 8, heads=2)
     assert split(x)[0].shape == (5, 8)
     with pytest.raises(ValueError, match="does not divide"):
