@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from collegium_kernels.gates.da_moe import DAMoEGate, importance
 from collegium_kernels.gates.dselect_k import DSelectKGate
 from collegium_kernels.gates.dynmoe import DynMoEGate
 from collegium_kernels.gates.expert_choice import ExpertChoiceGate
+from collegium_kernels.gates.moa import MixtureOfHeads
+from collegium_kernels.gates.mod import MoDLayer
 from collegium_kernels.gates.moe_plus_plus import MoEPlusPlusGate
+from collegium_kernels.gates.peer import PeerLayer
 from collegium_kernels.gates.remoe import ReMoEGate
 from collegium_kernels.gates.rmoe import RMoEGate
 from collegium_kernels.gates.smile import SmileGate
@@ -171,3 +176,32 @@ def test_aoe_scores_by_the_euclidean_norm() -> None:
     layer, x = AoELayer(6, 3, rank=4), torch.randn(5, 6)
     norms = torch.stack([torch.linalg.vector_norm(x @ layer.down_ERD[e].t(), dim=1) for e in range(3)], dim=1)
     torch.testing.assert_close(layer(x)[1].scores_TE, norms.softmax(dim=1))
+
+
+@pytest.mark.parametrize(("score", "of"), [("softmax", lambda v: v.softmax(dim=0)), ("relu", torch.relu)])
+def test_peer_scores_the_best_sums_of_both_halves_of_a_query(score: Any, of: Callable[[Tensor], Tensor]) -> None:
+    layer, x = PeerLayer(8, 5, heads=2, k=3, query=6, score=score), torch.randn(4, 8)
+    scores, numbers = layer.retrieve(x)
+    for t, h in itertools.product(range(4), range(2)):
+        query = nn.functional.layer_norm(layer.query[6 * h : 6 * h + 6] @ x[t], (6,))
+        sums = (layer.keys_2NQ[0] @ query[:3])[:, None] + (layer.keys_2NQ[1] @ query[3:])[None, :]
+        best = sums.flatten().topk(3)
+        assert torch.equal(numbers[t, h], best.indices)
+        torch.testing.assert_close(scores[t, h], of(best.values), atol=1e-5, rtol=1e-4)
+
+
+def test_the_three_losses_of_heads() -> None:
+    layer, x = MixtureOfHeads(8, 4, cv=0.1, switch=0.2, z=0.3), torch.randn(5, 8)
+    logits = layer.gate.logits(x)
+    probs, load = logits.softmax(dim=1), torch.bincount(logits.topk(2).indices.flatten(), minlength=4)
+    total = probs.sum(dim=0)
+    spread = ((total - total.mean()) ** 2).mean() / total.mean() ** 2
+    wanted = 0.1 * spread + 0.2 * balance(probs, load.tolist()) + 0.3 * logits.logsumexp(dim=1).square().mean()
+    torch.testing.assert_close(layer(x)[1].loss, wanted)
+
+
+def test_mods_predictor_does_not_pull_at_the_tokens() -> None:
+    layer, x = MoDLayer(nn.Identity(), 8), torch.randn(5, 8, requires_grad=True)
+    nn.init.ones_(layer.predictor)
+    layer(x)[1].backward()
+    assert x.grad is None or not x.grad.any()
