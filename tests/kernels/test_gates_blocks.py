@@ -116,6 +116,7 @@ def test_mixtures_of_tokens_equal_a_loop() -> None:
 def test_meo_merging_equals_mixing_only_when_linear() -> None:
     x = torch.randn(6, 8)
     linear = MergedExperts(8, 4, activation=lambda y: y)
+    torch.nn.init.normal_(linear.bias_EF)
     torch.testing.assert_close(linear(x), linear.mixture(x), atol=1e-5, rtol=1e-4)
     curved = MergedExperts(8, 4)
     assert (curved(x) - curved.mixture(x)).abs().max() > 1e-3

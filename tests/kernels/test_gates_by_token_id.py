@@ -50,9 +50,10 @@ def test_thor_draws_different_experts() -> None:
 
 def test_word_experts_are_fixed_and_never_read_a_later_token() -> None:
     gate = WordGate(4, 8, routing_vocab=1 << 16, ngram=2)
-    ids = torch.tensor([5, 9, 5, 9, 7])
+    ids = torch.tensor([5, 9, 5, 9, 7, 9])
     words = gate.routing_ids(ids)
-    assert words[1] == words[3]
+    assert words[1] == words[3] != words[5]
+    assert len(set(WordGate(4, 8, routing_vocab=1 << 16, ngram=6).routing_ids(ids).tolist())) == 6
     assert torch.equal(gate.routing_ids(ids[:3]), words[:3])
     assert len(set(gate.routing_ids(torch.arange(1000)).tolist())) > 950
 
