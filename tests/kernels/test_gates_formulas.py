@@ -19,10 +19,12 @@ from collegium_kernels.gates.moa import MixtureOfHeads
 from collegium_kernels.gates.mod import MoDLayer
 from collegium_kernels.gates.moe_plus_plus import MoEPlusPlusGate
 from collegium_kernels.gates.peer import PeerLayer
+from collegium_kernels.gates.pregated import PreGate
 from collegium_kernels.gates.remoe import ReMoEGate
 from collegium_kernels.gates.rmoe import RMoEGate
 from collegium_kernels.gates.smile import SmileGate
 from collegium_kernels.gates.switch import SwitchGate
+from collegium_kernels.gates.thor import consistency_loss
 from collegium_kernels.gates.xmoe import XMoEGate
 from torch import Tensor, nn
 
@@ -205,3 +207,18 @@ def test_mods_predictor_does_not_pull_at_the_tokens() -> None:
     nn.init.ones_(layer.predictor)
     layer(x)[1].backward()
     assert x.grad is None or not x.grad.any()
+
+
+def test_thors_divergence_is_the_mean_of_both_directions() -> None:
+    one, two, labels = torch.randn(4, 5), torch.randn(4, 5), torch.randint(0, 5, (4,))
+    p, q = one.softmax(dim=1), two.softmax(dim=1)
+    divergence = ((p * (p / q).log()).sum(dim=1) + (q * (q / p).log()).sum(dim=1)).mean() / 2
+    errors = sum(-r.log()[torch.arange(4), labels].mean() for r in (p, q))
+    torch.testing.assert_close(consistency_loss(one, two, labels), errors + 5 * divergence)
+
+
+def test_a_pregate_scores_for_the_block_above_with_weights_of_its_own() -> None:
+    gate, x = PreGate(4, 6).eval(), torch.randn(5, 4)
+    routed = gate(x, NOTHING)
+    torch.testing.assert_close(routed.state_TS, x @ gate.ahead.weight_ED.t())
+    torch.testing.assert_close(routed.scores_TE, (x @ gate.here.weight_ED.t()).softmax(dim=1))
