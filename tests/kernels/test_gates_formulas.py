@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from collegium_kernels.gates.adamoe import AdaMoEGate
+from collegium_kernels.gates.adaptive import AdaptiveGate
 from collegium_kernels.gates.aoe import AoELayer
 from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.comet import CometGate, sinkhorn
@@ -222,3 +223,8 @@ def test_a_pregate_scores_for_the_block_above_with_weights_of_its_own() -> None:
     routed = gate(x, NOTHING)
     torch.testing.assert_close(routed.state_TS, x @ gate.ahead.weight_ED.t())
     torch.testing.assert_close(routed.scores_TE, (x @ gate.here.weight_ED.t()).softmax(dim=1))
+
+
+def test_adaptive_weights_are_the_probability_alone_or_renormalised_together() -> None:
+    routing = identity_gate(AdaptiveGate(3, 3), 3)(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]).log(), NOTHING)
+    torch.testing.assert_close(routing.routing.weights_P, torch.tensor([0.7, 0.4 / 0.75, 0.35 / 0.75]))

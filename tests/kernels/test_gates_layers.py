@@ -169,6 +169,7 @@ def test_cartesian_counts_paths_and_falls_back_to_its_first_half() -> None:
     ids_b = second.gate(layer.norm(h), NOTHING).routing.expert_ids_P.view(-1, 2).sort(1).values
     paths = {tuple(p) for p in torch.cat([ids_a, ids_b], 1).tolist()}
     assert math.comb(4, 2) < len(paths) <= math.comb(4, 2) ** 2
+    torch.testing.assert_close(layer(x)[0], h + second(functional.rms_norm(h, (8,)))[0])
     with torch.no_grad():
         second.experts.w_down_EDF.zero_()
     torch.testing.assert_close(layer(x)[0], h)
