@@ -162,6 +162,7 @@ def test_shortcut_starts_without_this_layers_input() -> None:
     routed, shared = moe(8), SharedExpert(8, 5)
     layer, below = ShortcutLayer(routed, shared), torch.randn(4, 8)
     early, _ = layer.start(below)
+    assert torch.equal(early, routed(below)[0])
     for here in (torch.randn(4, 8), torch.randn(4, 8)):
         torch.testing.assert_close(layer(below, here)[0], early + shared(here))
     assert hidden_share(2.0, 1.5, 0.5) == 1.0

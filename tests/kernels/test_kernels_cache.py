@@ -144,6 +144,18 @@ def test_least_stale_keeps_the_layers_to_come() -> None:
     assert replay(trace, LeastStale(), 2).hits == 9
 
 
+def test_who_leaves_first() -> None:
+    """Least stale: of the layers to come the farthest. LFU: of equals the one used longest ago, whatever its number."""
+    now = Now(step=3, layer=1, tick=13)
+    stale, lfu = LeastStale(), Lfu()
+    for tick, key in enumerate([(2, 0), (3, 0)]):
+        stale.used(key, Now(step=0, layer=key[0], tick=tick))
+    assert stale.victim([(2, 0), (3, 0)], now) == (3, 0)
+    for tick, key in enumerate([(1, 5), (1, 2)]):
+        lfu.used(key, Now(step=tick, layer=1, tick=tick))
+    assert lfu.victim([(1, 2), (1, 5)], now) == (1, 5)
+
+
 def test_hit_rate_grows_with_slots_and_is_whole_when_all_fit() -> None:
     trace = random_trace()
     rates = [replay(trace, Lru(), slots).hit_rate for slots in (2, 8, 16, 32)]
