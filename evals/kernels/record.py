@@ -55,6 +55,8 @@ def _keep(seen: list[Tensor]) -> Any:
 
 def from_routed_experts(arrays: list[NDArray[np.integer[Any]]], *, num_experts: int) -> Trace:
     """vLLM's ``routed_experts`` of several requests, each (tokens, layers, k), as one trace."""
+    if not arrays:
+        raise ValueError("There are no routed experts to make a trace of.")
     return Trace(ids_SLK=torch.cat([torch.from_numpy(a.astype(np.int64)) for a in arrays]), num_experts=num_experts)
 
 
@@ -64,12 +66,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--new-tokens", type=int, default=64)
     chosen = parser.parse_args(arguments)
+    if not (chosen.model / "config.json").is_file():
+        parser.error(f"{chosen.model} has no config.json: name the folder of a checkpoint")
+    if not chosen.trace.parent.is_dir():
+        parser.error(f"there is no folder {chosen.trace.parent} for the trace")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     prompts = [tokenizer(text, return_tensors="pt").input_ids[0] for text in PROMPTS]
-    trace = record(model, prompts, new_tokens=chosen.new_tokens)
+    try:
+        trace = record(model, prompts, new_tokens=chosen.new_tokens)
+    except ValueError as exc:
+        parser.error(str(exc))
     trace.save(chosen.trace)
     S, L, K = trace.ids_SLK.shape
     sys.stdout.write(f"{S} tokens, {L} layers, {K} of {trace.num_experts} experts\n")

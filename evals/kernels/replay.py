@@ -7,6 +7,7 @@ from pathlib import Path
 
 from collegium_kernels import cache_policies as policies
 from collegium_kernels.cache import Tally, Trace, replay
+from collegium_kernels.errors import KernelInputError
 
 from evals.kernels.chart import line_chart
 
@@ -28,6 +29,7 @@ RUNS: dict[str, Run] = {
     "dp-allocation": per_layer,
     "hot-cold": lambda trace, slots: replay(trace, policies.HotCold(trace, slots), slots),
     "belady": lambda trace, slots: replay(trace, policies.Belady(trace), slots),
+    "bound without prefetch": policies.bound,
     "least-stale, pre-gated": lambda trace, slots: replay(
         trace, policies.LeastStale(), slots, prefetcher=policies.PreGated(trace)
     ),
@@ -62,7 +64,14 @@ def main(arguments: list[str]) -> None:
         parser.error(f"there is no trace {chosen.trace}; python -m evals.kernels.record makes one")
     if chosen.plot and chosen.plot.suffix != ".svg":
         parser.error(f"--plot writes SVG: name it {chosen.plot.with_suffix('.svg')}")
-    trace = Trace.load(chosen.trace)
+    if chosen.plot and not chosen.plot.parent.is_dir():
+        parser.error(f"there is no folder {chosen.plot.parent} for the plot")
+    if chosen.expert_bytes <= 0:
+        parser.error(f"--expert-bytes is {chosen.expert_bytes}: it must be above 0")
+    try:
+        trace = Trace.load(chosen.trace)
+    except KernelInputError as exc:
+        parser.error(str(exc))
     text, curves = table(trace, chosen.expert_bytes)
     sys.stdout.write(text)
     if chosen.plot:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from collegium_kernels.errors import KernelInputError, require
+from collegium_kernels.ragged import INTEGERS
 
 Key = tuple[int, int]
 
@@ -25,6 +26,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         require(self.ids_SLK.dim() == 3, "ids_SLK", self.ids_SLK, "three dimensions (steps, layers, slots)")
+        require(self.ids_SLK.dtype in INTEGERS, "ids_SLK", self.ids_SLK, "an integer dtype")
         low, high = (int(v) for v in self.ids_SLK.aminmax()) if self.ids_SLK.numel() else (-1, -1)
         inside = low >= -1 and high < self.num_experts
         require(inside, "ids_SLK", self.ids_SLK, f"ids in [-1, {self.num_experts}), found {low} to {high}")
@@ -46,10 +48,15 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
-        from safetensors import safe_open
+        """Raises KernelInputError, with the file's name, for one that is no trace."""
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            return cls(ids_SLK=file.get_tensor("ids_SLK"), num_experts=int(file.metadata()["num_experts"]))
+        try:
+            with safe_open(path, "pt") as file:
+                ids_SLK, about = file.get_tensor("ids_SLK"), file.metadata() or {}
+            return cls(ids_SLK=ids_SLK, num_experts=int(about["num_experts"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as exc:
+            raise KernelInputError(f"{path} is not a trace that Trace.save wrote: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +118,7 @@ class ExpertCache:
 
     def need(self, layer: int, experts: Collection[int], now: Now) -> list[Key]:
         """The experts to load now. None of those needed together makes way for another."""
-        keys = [(layer, e) for e in experts]
+        keys = [(layer, e) for e in dict.fromkeys(experts)]
         missing = [key for key in keys if key not in self.resident]
         self.tally.hits += len(keys) - len(missing)
         self.tally.misses += len(missing)
@@ -122,7 +129,7 @@ class ExpertCache:
 
     def prefetch(self, keys: Iterable[Key], now: Now, keep: Collection[Key]) -> list[Key]:
         """The experts to load ahead. ``keep`` are in use."""
-        wanted = [key for key in keys if key not in self.resident]
+        wanted = [key for key in dict.fromkeys(keys) if key not in self.resident]
         loaded = []
         for key in wanted:
             if self._admit(key, now, keep={*keep, *wanted}):

@@ -7,7 +7,7 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from collegium_kernels.cache import Key, Now, Policy, Trace
+from collegium_kernels.cache import Key, Now, Policy, Tally, Trace
 
 NEVER = float("inf")
 
@@ -61,7 +61,8 @@ class LeastStale(Lru):
 class Belady(Lru):
     """Evict what is needed again the latest: the best of the policies that admit every miss.
 
-    It has read the whole trace. A policy that leaves cold experts out (HotCold) or prefetches may pass it."""
+    It has read the whole trace. A policy that leaves experts out (HotCold, PerLayer) may pass it; none ``bound``.
+    """
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -78,6 +79,18 @@ class Belady(Lru):
 
     def victim(self, resident: Collection[Key], now: Now) -> Key:
         return max(resident, key=lambda k: (self.next_use(k, now), k))
+
+
+def bound(trace: Trace, slots: int) -> Tally:
+    """The most hits that a cache without prefetch can have, whatever it admits: after each layer it holds, of what it
+    held and what was needed, what is needed again the soonest."""
+    future, held, tally = Belady(trace), set[Key](), Tally(steps=trace.ids_SLK.shape[0])
+    for tick, (step, layer, experts) in enumerate(trace.needs()):
+        now, keys = Now(step=step, layer=layer, tick=tick), {(layer, e) for e in experts}
+        tally.hits += len(keys & held)
+        tally.misses += len(keys - held)
+        held = set(sorted(held | keys, key=lambda k: (future.next_use(k, now), k))[:slots])
+    return tally
 
 
 class PerLayer:

@@ -24,6 +24,8 @@ def run_experts(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_
     """SwiGLU of each expert on its own rows; rows after the last expert's are zero."""
     E = indptr_E1.shape[0] - 1
     require(w_gate_up_EGD.shape[0] == E, "w_gate_up_EGD", w_gate_up_EGD, f"{E} experts, as the routing has")
+    same = x_PD.dtype == w_gate_up_EGD.dtype or torch.is_autocast_enabled(x_PD.device.type)
+    require(same, "x_PD", x_PD, f"the dtype of the experts, {w_gate_up_EGD.dtype}")
     if x_PD.is_cuda and x_PD.dtype == torch.bfloat16:
         return _run_on_cuda(x_PD, w_gate_up_EGD, w_down_EDF, indptr_E1)
     bounds = indptr_E1.tolist()
@@ -38,6 +40,8 @@ def run_experts(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr_
 
 def combine(y_PD: Tensor, x_TD: Tensor, routing: Routing, rows: ByExpert) -> Tensor:
     """The weighted sum of each token's rows, of itself for identity experts, and of what constant experts add."""
+    T = x_TD.shape[0]
+    require(routing.num_tokens == T, "routing.indptr_T1", routing.indptr_T1, f"one entry more than {T} tokens")
     order_P = torch.empty_like(rows.pairs_P)
     order_P[rows.pairs_P] = torch.arange(order_P.shape[0], device=order_P.device)
     y_TD = segment_sum(y_PD, routing.weights_P, routing.indptr_T1, order_P)
@@ -65,6 +69,9 @@ def _run_on_cuda(x_PD: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, indptr
     return torch.where(live_P[:, None], y_PD, 0)
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class TorchBackend:
     """Grouped products in torch; also the path that trains."""
 
@@ -72,7 +79,10 @@ class TorchBackend:
     differentiable = True
 
     def refuses(self, weights: ExpertWeights) -> str | None:
-        return None if weights.precision == "native" else "torch computes with unquantised weights only"
+        if weights.precision != "native":
+            return "torch computes with unquantised weights only"
+        dtype = weights.gate_up_EGD.dtype
+        return None if dtype in DTYPES else f"torch has no products of {dtype}"
 
     def how(self, weights: ExpertWeights) -> str:
         return "products of sixteen rows"

@@ -7,7 +7,7 @@ Ids outside [0, E) are not experts. Null and zero experts are such ids, and so n
 of identity experts is gathered in ``copy_T`` and costs one multiplication a token.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,6 +80,8 @@ def from_topk(
 ) -> Routing:
     """A routing from a rectangular top-k. Ids outside [0, E) are dropped, or refused with ``bad_ids="raise"``."""
     _check_topk(ids_TK, weights_TK)
+    if bad_ids not in ("drop", "raise"):
+        raise KernelInputError(f"bad_ids '{bad_ids}' is not one of drop, raise.")
     ids_TK = ids_TK.long()  # E may be more than a narrow dtype holds, and torch would wrap it around
     copy_T = _copy_weights(ids_TK, weights_TK, identity_ids, num_experts)
     keep_TK = (ids_TK >= 0) & (ids_TK < num_experts)
@@ -128,6 +130,10 @@ def static_from_topk(
 
 def from_dense(weights_TE: Tensor, active_TE: Tensor, *, num_experts: int | None = None) -> Routing:
     """A routing from a matrix of weights and the mask of what is active; columns from ``num_experts`` on are null."""
+    require(weights_TE.dim() == 2, "weights_TE", weights_TE, "two dimensions (tokens, experts)")
+    require(weights_TE.is_floating_point(), "weights_TE", weights_TE, "a floating-point dtype")
+    wanted = f"a mask of the shape of weights_TE, {tuple(weights_TE.shape)}"
+    require(active_TE.shape == weights_TE.shape and active_TE.dtype == torch.bool, "active_TE", active_TE, wanted)
     num_experts = weights_TE.shape[1] if num_experts is None else num_experts
     active_TE = active_TE[:, :num_experts]
     return Routing(
@@ -139,8 +145,11 @@ def from_dense(weights_TE: Tensor, active_TE: Tensor, *, num_experts: int | None
 
 
 def by_expert(routing: Routing) -> ByExpert:
-    """Transpose. The sort is stable: within an expert the rows stay in token order."""
+    """Transpose. The sort is stable: within an expert the rows stay in token order.
+
+    Ids outside the experts raise KernelInputError; values are read on the host only for CPU tensors."""
     E = routing.num_experts
+    _check_ids(routing.expert_ids_P, most=E)
     pairs_P = torch.sort(routing.expert_ids_P, stable=True).indices
     counts_E = torch.zeros(E + 1, dtype=torch.int64, device=pairs_P.device)
     counts_E = counts_E.scatter_add(0, routing.expert_ids_P, torch.ones_like(routing.expert_ids_P))
@@ -165,15 +174,21 @@ def by_token(rows: ByExpert, weights_P: Tensor, *, num_tokens: int) -> Routing:
 def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = None) -> Routing:
     """Keep at most ``capacity`` pairs an expert: the lowest ``rank_P`` first, then the earliest token.
 
-    What a token gets then depends on the rest of the batch: never the default.
+    What a token gets then depends on the rest of the batch: never the default. A static routing keeps its size: what
+    is over the capacity becomes a pair it did not want.
     """
     rank_P = torch.zeros_like(routing.expert_ids_P) if rank_P is None else rank_P
+    wanted = f"the shape of expert_ids_P, {tuple(routing.expert_ids_P.shape)}"
+    require(rank_P.shape == routing.expert_ids_P.shape, "rank_P", rank_P, wanted)
     order_P = torch.sort(rank_P, stable=True).indices
     order_P = order_P[torch.sort(routing.expert_ids_P[order_P], stable=True).indices]
     starts_E1 = by_expert(routing).indptr_E1
     position_P = torch.empty_like(order_P)
     position_P[order_P] = torch.arange(routing.num_pairs, device=order_P.device)
     keep_P = position_P - starts_E1[routing.expert_ids_P] < capacity
+    if routing.static:
+        ids_P = torch.where(keep_P, routing.expert_ids_P, routing.num_experts)
+        return replace(routing, expert_ids_P=ids_P, weights_P=routing.weights_P.masked_fill(~keep_P, 0))
     counts_T = torch.zeros_like(routing.counts_T()).scatter_add(0, routing.tokens_P(), keep_P.long())
     return replace(
         routing,
@@ -184,6 +199,19 @@ def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = N
     )
 
 
+def concatenate(parts: Sequence[Routing]) -> Routing:
+    """One routing for the tokens of all parts, one part after the other. Of identity and constant experts there must be
+    none."""
+    if any(part.copy_T is not None or part.add_TD is not None for part in parts):
+        raise KernelInputError("routings with copy_T or add_TD cannot be put together.")
+    return Routing(
+        indptr_T1=_indptr(torch.cat([part.counts_T() for part in parts])),
+        expert_ids_P=torch.cat([part.expert_ids_P for part in parts]),
+        weights_P=torch.cat([part.weights_P for part in parts]),
+        num_experts=parts[0].num_experts,
+    )
+
+
 def check_routing(routing: Routing, *, num_tokens: int, num_experts: int, device: torch.device | None = None) -> None:
     """Raise KernelInputError for what would read outside a buffer, or is not on ``device`` (None: where the ids are).
     Values are read on the host only for CPU tensors."""
@@ -191,7 +219,7 @@ def check_routing(routing: Routing, *, num_tokens: int, num_experts: int, device
     _check_device(routing, device or ids.device)
     require(routing.num_experts == num_experts, "routing.expert_ids_P", ids, f"made for {num_experts} experts")
     require(indptr.shape == (num_tokens + 1,), "routing.indptr_T1", indptr, f"one entry more than {num_tokens} tokens")
-    require(ids.dtype == torch.int64, "routing.expert_ids_P", ids, "int64")
+    require(ids.dtype == torch.int64 and ids.dim() == 1, "routing.expert_ids_P", ids, "one dimension of int64")
     require(indptr.dtype == torch.int64, "routing.indptr_T1", indptr, "int64")
     require(weights.shape == ids.shape, "routing.weights_P", weights, f"the shape of expert_ids_P, {tuple(ids.shape)}")
     require(weights.is_floating_point(), "routing.weights_P", weights, "a floating-point dtype")
@@ -199,11 +227,11 @@ def check_routing(routing: Routing, *, num_tokens: int, num_experts: int, device
         require(
             routing.copy_T.shape == (num_tokens,), "routing.copy_T", routing.copy_T, f"one weight a token, {num_tokens}"
         )
-    if ids.device.type == "cpu":
-        _check_values(routing)
     if routing.fixed_k is not None:
         whole = ids.shape[0] == num_tokens * routing.fixed_k
         require(whole, "routing.expert_ids_P", ids, f"{routing.fixed_k} pairs for each of {num_tokens} tokens")
+    if ids.device.type == "cpu":
+        _check_values(routing)
 
 
 def _check_device(routing: Routing, device: torch.device) -> None:
@@ -218,10 +246,16 @@ def _check_values(routing: Routing) -> None:
     indptr, ids = routing.indptr_T1, routing.expert_ids_P
     ends = bool(indptr[0] == 0) and int(indptr[-1]) == ids.shape[0]
     require(ends and bool((indptr.diff() >= 0).all()), "routing.indptr_T1", indptr, "rising from 0 to the pairs")
-    if ids.numel():
-        low, high = (int(v) for v in ids.aminmax())
-        top = routing.num_experts if routing.static else routing.num_experts - 1
-        require(low >= 0 and high <= top, "routing.expert_ids_P", ids, f"ids in [0, {top}], found {low} to {high}")
+    if routing.fixed_k is not None:
+        even = bool((indptr.diff() == routing.fixed_k).all())
+        require(even, "routing.indptr_T1", indptr, f"{routing.fixed_k} pairs for every token, as fixed_k says")
+    _check_ids(ids, most=routing.num_experts if routing.static else routing.num_experts - 1)
+
+
+def _check_ids(ids_P: Tensor, *, most: int) -> None:
+    if ids_P.device.type == "cpu" and ids_P.numel():
+        low, high = (int(v) for v in ids_P.aminmax())
+        require(low >= 0 and high <= most, "routing.expert_ids_P", ids_P, f"ids in [0, {most}], found {low} to {high}")
 
 
 def _check_topk(ids_TK: Tensor, weights_TK: Tensor) -> None:
@@ -241,7 +275,7 @@ def _copy_weights(ids_TK: Tensor, weights_TK: Tensor, identity_ids: Collection[i
 
 
 def _refuse(ids_TK: Tensor, keep_TK: Tensor, identity_ids: Collection[int], num_experts: int) -> None:
-    known_TK = keep_TK | torch.isin(ids_TK, torch.tensor(sorted(identity_ids), dtype=torch.int64))
+    known_TK = keep_TK | torch.isin(ids_TK, torch.tensor(sorted(identity_ids), dtype=torch.int64, device=ids_TK.device))
     if not bool(known_TK.all()):
         found = sorted(set(ids_TK[~known_TK].tolist()))[:8]
         raise KernelInputError(f"ids_TK of shape {tuple(ids_TK.shape)} holds {found}, outside [0, {num_experts}).")

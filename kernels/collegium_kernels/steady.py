@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from collegium_kernels.errors import require
+
 ROWS = 16
 LINE_BYTES = 64
 # Elements to fill up to, and the most that torch computes without splitting them among threads.
@@ -20,6 +22,9 @@ VECTOR, SERIAL = 64, 32768
 def steady_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
     """``x @ w.T``, each row bitwise the same whatever the other rows are."""
     R, D = x_RD.shape
+    require(
+        w_ND.shape[1] == D, "x_RD", x_RD, f"{w_ND.shape[1]} columns, as the weights of shape {tuple(w_ND.shape)} have"
+    )
     line = LINE_BYTES // x_RD.element_size()
     x = _laid_out(x_RD, -R % ROWS, -D % line)
     # Few outputs take other paths too: on some CPUs a product with two of them depends on its rows.

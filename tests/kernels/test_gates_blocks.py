@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.deepseek import SharedExpert
 from collegium_kernels.gates.meo import MergedExperts
@@ -50,6 +51,16 @@ def test_mod_with_all_tokens_is_dense_and_its_predictor_is_causal() -> None:
         layer.predictor.normal_()
     # nn.Linear itself may differ in the last bit with its number of rows.
     torch.testing.assert_close(layer(x, causal=True)[0][:5], layer(x[:5], causal=True)[0])
+
+
+def test_mod_chooses_in_fp32() -> None:
+    """Under autocast the scores were rounded, and with them the choice."""
+    layer, x = MoDLayer(torch.nn.Linear(8, 8), 8, share=0.25), torch.randn(400, 8)
+    with torch.no_grad():
+        plain = (layer(x)[0] != x).any(dim=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = (layer(x)[0] != x).any(dim=1)
+    assert torch.equal(plain, cast)
 
 
 def test_heads_are_experts_and_equal_a_loop() -> None:
@@ -105,6 +116,7 @@ def test_mixtures_of_tokens_equal_a_loop() -> None:
 def test_meo_merging_equals_mixing_only_when_linear() -> None:
     x = torch.randn(6, 8)
     linear = MergedExperts(8, 4, activation=lambda y: y)
+    torch.nn.init.normal_(linear.bias_EF)
     torch.testing.assert_close(linear(x), linear.mixture(x), atol=1e-5, rtol=1e-4)
     curved = MergedExperts(8, 4)
     assert (curved(x) - curved.mixture(x)).abs().max() > 1e-3
@@ -141,14 +153,16 @@ def test_weak_routing_is_the_second_expert_alone() -> None:
     weak = weak_routing(routing)
     assert weak.expert_ids_P.tolist() == [0, 3]
     assert weak.weights_P.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="fewer than 3"):
-        weak_routing(routing, rank=3)
+    for rank, words in ((3, "fewer than 3"), (0, "rank is 0"), (-1, "rank is -1")):
+        with pytest.raises(KernelInputError, match=words):
+            weak_routing(routing, rank=rank)
 
 
 def test_shortcut_starts_without_this_layers_input() -> None:
     routed, shared = moe(8), SharedExpert(8, 5)
     layer, below = ShortcutLayer(routed, shared), torch.randn(4, 8)
     early, _ = layer.start(below)
+    assert torch.equal(early, routed(below)[0])
     for here in (torch.randn(4, 8), torch.randn(4, 8)):
         torch.testing.assert_close(layer(below, here)[0], early + shared(here))
     assert hidden_share(2.0, 1.5, 0.5) == 1.0

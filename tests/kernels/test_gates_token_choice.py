@@ -1,27 +1,24 @@
 """Each token-choice gate's own test: the numbers its paper's formula gives by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from collegium_kernels import gates
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates import losses
 from collegium_kernels.gates.base import Context
 from collegium_kernels.gates.deepseek import DeepSeekGate, SharedExpert
-from collegium_kernels.gates.dynmoe import DynMoEGate
 from collegium_kernels.gates.expert_choice import ExpertChoiceGate
 from collegium_kernels.gates.gshard import GShardGate
-from collegium_kernels.gates.hashed import HashGate, balanced_table
-from collegium_kernels.gates.mask_moe import MaskMoEGate
 from collegium_kernels.gates.mixtral import MixtralGate
-from collegium_kernels.gates.mowe import WordGate
-from collegium_kernels.gates.remoe import ReMoEGate
 from collegium_kernels.gates.sparse_mixer import SparseMixerGate
 from collegium_kernels.gates.stable_moe import StableMoEGate
 from collegium_kernels.gates.switch import SwitchGate
-from collegium_kernels.gates.thor import RandomGate, consistency_loss
 from collegium_kernels.gates.yuan import YuanGate
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
-from collegium_kernels.ragged import from_topk
+from collegium_kernels.ragged import check_routing, from_topk
 from torch import Tensor
 
 NOTHING = Context()
@@ -54,6 +51,7 @@ def test_switch_weight_is_the_probability_and_even_load_costs_alpha() -> None:
     gate = identity_gate(SwitchGate(2, 2, z=0.0), 2)
     routed = gate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), NOTHING)
     torch.testing.assert_close(routed.routing.weights_P, torch.full((2,), math.e / (1 + math.e)))
+    torch.testing.assert_close(routed.loss, torch.tensor(0.01))
     even = from_topk(torch.tensor([[0], [1]]), torch.ones(2, 1), num_experts=2)
     torch.testing.assert_close(losses.balance_loss(torch.full((2, 2), 0.5), even), torch.tensor(1.0))
 
@@ -78,6 +76,32 @@ def test_top2_before_and_after_the_softmax() -> None:
         torch.testing.assert_close(weights, torch.tensor([0.731, 0.269]), atol=5e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("mixtral", {"order": "before"}, "order 'before'"),
+        ("mixtral", {"renormalise": False}, "sums to 1 by itself"),
+        ("mixtral", {"k": -1}, "k is -1"),
+        ("deepseek", {"devices": 2}, "3 experts do not divide among 2 devices"),
+        ("smile", {"nodes": 2}, "3 experts do not divide among 2 nodes"),
+        ("mask_moe", {"visible": 0}, "visible is 0"),
+        ("mask_moe", {"visible": 4}, "visible is 4"),
+        ("mowe", {"frequency_V": torch.ones(9)}, r"frequency_V of shape \(9,\)"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(KernelInputError, match=words):
+        gates.load(name)(3, 3, **options)(torch.randn(2, 3), NOTHING)
+
+
+def test_only_weights_that_are_not_renormalised_pull_at_every_score() -> None:
+    for options, pulled in (({"order": "pre", "renormalise": False}, 3), ({"order": "pre"}, 2), ({}, 2)):
+        gate, z = identity_gate(MixtralGate(3, 3, balance=0.0, **options), 3), torch.tensor([[2.0, 1.0, 0.0]])
+        z.requires_grad_()
+        gate(z, NOTHING).routing.weights_P[0].backward()
+        assert int((z.grad.abs() > 1e-6).sum()) == pulled
+
+
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_weight() -> None:
     gate = identity_gate(GShardGate(2, 2), 2).train()
     x = logits_of(0.9, 0.1).repeat(4000, 1)
@@ -91,6 +115,19 @@ def test_gshard_fills_capacity_with_first_choices_first() -> None:
     routing = gate(x, NOTHING).routing
     assert routing.counts_T().tolist() == [1, 1, 1, 1]
     assert routing.expert_ids_P.tolist() == [0, 0, 1, 1]
+
+
+def test_gshards_groups_have_their_own_capacity() -> None:
+    """All eight tokens want expert 0 and then 1: two of each half of them get in, not the first four."""
+    x = torch.tensor([[1.0, 0.0]]).repeat(8, 1)
+    one, two = (identity_gate(GShardGate(2, 2, capacity_factor=0.5, groups=g), 2)(x, NOTHING) for g in (1, 2))
+    assert one.routing.counts_T().tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+    assert two.routing.counts_T().tolist() == [2, 2, 0, 0, 2, 2, 0, 0]
+    torch.testing.assert_close(two.scores_TE, one.scores_TE)
+    torch.testing.assert_close(two.loss, one.loss)
+    check_routing(two.routing, num_tokens=8, num_experts=2)
+    few = identity_gate(GShardGate(2, 2, groups=3), 2)(x[:2], NOTHING).routing
+    assert torch.equal(few.dense_TE(), identity_gate(GShardGate(2, 2), 2)(x[:2], NOTHING).routing.dense_TE())
 
 
 # DeepSeekMoE
@@ -161,153 +198,27 @@ def test_stable_moe_routes_by_token_id_in_stage_two() -> None:
     assert experts[0] == experts[2] == experts[3]
     assert experts[1] == experts[4]
     assert float(routed.loss) == 0
-    assert not gate.embedding.weight.requires_grad
-    assert not gate.light_ES.requires_grad
+    layer = MoELayer(gate, SwiGLUExperts(4, 8, 6))
+    layer(torch.randn(5, 8), Context(token_ids_T=ids))[0].sum().backward()
+    assert gate.embedding.weight.grad is None
+    assert gate.light_ES.grad is None
+
+
+def test_stable_moe_learns_balance_and_distils_in_stage_one() -> None:
+    """Expert 0 has three of four tokens, 2 more than the mean of 1; experts 2 and 3 none."""
+    gate = identity_gate(StableMoEGate(4, 4, vocab_size=10), 4)
+    x, ids = torch.eye(4)[[0, 0, 0, 1]], torch.arange(4)
+    routed = gate(x, Context(token_ids_T=ids))
+    strong = torch.tensor(1.0).sigmoid()
+    light = gate.embedding(ids) @ gate.light_ES.t()
+    distil = torch.nn.functional.cross_entropy(light, torch.tensor([0, 0, 0, 1]))
+    torch.testing.assert_close(routed.loss, 0.3 * 2 * 3 * strong / 4 + 0.3 * distil)
 
 
 def test_stable_moe_keeps_the_rest_of_the_token() -> None:
     gate = StableMoEGate(8, 4, vocab_size=10)
     routing = gate(torch.randn(5, 8), Context(token_ids_T=torch.arange(5))).routing
     torch.testing.assert_close(routing.weights_P + routing.copy_T, torch.ones(5))
-
-
-# Hash, THOR, MoWE, MaskMoE
-
-
-@pytest.mark.parametrize(("vocab", "bound"), [(1000, 1.08), (10000, 1.01)])
-def test_balanced_hash_is_even_on_zipf_frequencies(vocab: int, bound: float) -> None:
-    frequency = 1 / torch.arange(1, vocab + 1)
-    load = torch.zeros(8).index_add(0, balanced_table(frequency, 8), frequency)
-    assert float(load.max() / load.mean()) <= bound
-    random = torch.zeros(8).index_add(0, HashGate(4, 8, vocab_size=vocab).table_V, frequency)
-    assert float(random.max() / random.mean()) > 1.15
-
-
-def test_hash_reads_only_the_token_id() -> None:
-    gate, ids = HashGate(4, 8, vocab_size=20), torch.arange(20)
-    one, two = (gate(torch.randn(20, 4), Context(token_ids_T=ids)).routing.expert_ids_P for _ in range(2))
-    assert torch.equal(one, two)
-
-
-def test_thor_with_identical_experts_has_no_divergence() -> None:
-    logits, labels = torch.randn(6, 5), torch.randint(0, 5, (6,))
-    alone = torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(consistency_loss(logits, logits, labels), 2 * alone)
-    assert consistency_loss(logits, logits.flip(1), labels) > consistency_loss(logits, logits.flip(1), labels, alpha=0)
-
-
-def test_thor_draws_different_experts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate = RandomGate(4, 8)
-    drawn = {int(gate(torch.randn(1, 4), Context(generator=generator)).routing.expert_ids_P) for _ in range(50)}
-    assert len(drawn) == 8
-
-
-def test_word_experts_are_fixed_and_never_read_a_later_token() -> None:
-    gate = WordGate(4, 8, routing_vocab=1 << 16, ngram=2)
-    ids = torch.tensor([5, 9, 5, 9, 7])
-    words = gate.routing_ids(ids)
-    assert words[1] == words[3]
-    assert torch.equal(gate.routing_ids(ids[:3]), words[:3])
-    assert len(set(gate.routing_ids(torch.arange(1000)).tolist())) > 950
-
-
-def recalled(num_experts: int, ids: Tensor, facts: Tensor, *, steps: int = 60) -> tuple[float, MoELayer]:
-    """The share of entities whose fact a layer of word experts gives back after training, and the layer.
-
-    Words are frozen random vectors, too narrow to hold a fact: what is learnt lies in the experts.
-    """
-    torch.manual_seed(1)
-    words_TD, classes_CD = torch.randn(len(ids), 16), torch.randn(int(facts.max()) + 1, 16)
-    layer = MoELayer(WordGate(16, num_experts, routing_vocab=len(ids)), SwiGLUExperts(num_experts, 16, 4))
-    optimiser = torch.optim.Adam(layer.parameters(), lr=0.03)
-    for _ in range(steps):
-        y_TD, _ = layer(words_TD, Context(token_ids_T=ids))
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(y_TD @ classes_CD.t(), facts).backward()
-        optimiser.step()
-    with torch.no_grad():
-        answers = (layer(words_TD, Context(token_ids_T=ids))[0] @ classes_CD.t()).argmax(dim=1)
-    return float((answers == facts).float().mean()), layer
-
-
-def test_word_experts_recall_planted_facts_that_a_layer_of_equal_flops_cannot_hold() -> None:
-    ids, facts = torch.arange(256), torch.randint(0, 32, (256,))
-    recall, layer = recalled(64, ids, facts)
-    dense, _ = recalled(1, ids, facts)
-    assert recall >= 0.95
-    assert dense <= 0.4
-    # A fact lies in its entity's expert alone: without that expert its four entities forget, the others do not.
-    x, context = torch.randn(256, 16), Context(token_ids_T=ids)
-    with torch.no_grad():
-        before, _ = layer(x, context)
-        layer.experts.w_down_EDF[7] = 0
-        after, _ = layer(x, context)
-    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [7, 71, 135, 199]
-
-
-def test_mask_moe_shows_one_expert_to_rare_words_and_all_to_frequent_ones() -> None:
-    rare = torch.arange(20) >= 10
-    gate = MaskMoEGate(6, 4, rare_V=rare).eval()
-    assert gate.visible_VE.sum(1).tolist() == [4] * 10 + [1] * 10
-    same = torch.full((60,), 15)
-    assert len(gate(torch.randn(60, 6), Context(token_ids_T=same)).routing.expert_ids_P.unique()) == 1
-    assert len(gate(torch.randn(60, 6), Context(token_ids_T=same - 15)).routing.expert_ids_P.unique()) > 1
-
-
-# ReMoE, DynMoE
-
-
-def test_remoe_trains_to_k_active_experts() -> None:
-    gate = ReMoEGate(16, 16, k=2, penalty=1e-3)
-    teacher = torch.randn(16, 16) / 4
-    optimiser = torch.optim.SGD(gate.parameters(), lr=0.3)
-    active = []
-    for _ in range(250):
-        tokens = torch.cat([torch.randn(64, 15), torch.ones(64, 1)], dim=1)
-        routed = gate(tokens, NOTHING)
-        keep_useful = (routed.scores_TE - (tokens @ teacher).relu()).square().mean()
-        optimiser.zero_grad()
-        (keep_useful + routed.loss).backward()
-        optimiser.step()
-        gate.control(routed.routing)
-        active.append(routed.routing.num_pairs / 64)
-    assert active[0] > 4
-    assert sum(active[-100:]) / 100 == pytest.approx(2, rel=0.1)
-
-
-def test_remoe_raises_the_penalty_only_while_too_many_are_active() -> None:
-    gate = ReMoEGate(4, 4, k=1, penalty=1.0)
-    dense = from_topk(torch.arange(4).repeat(2, 1), torch.ones(2, 4), num_experts=4)
-    gate.control(dense)
-    assert float(gate.penalty) == pytest.approx(1.2)
-    gate.control(from_topk(torch.tensor([[0], [-1]]), torch.ones(2, 1), num_experts=4))
-    assert float(gate.penalty) == pytest.approx(1.0)
-
-
-def test_dynmoe_adds_an_expert_for_orphans_and_drops_the_dead() -> None:
-    gate = DynMoEGate(4, 3)
-    with torch.no_grad():
-        gate.weight_ED.copy_(torch.eye(3, 4))
-        gate.threshold_E.fill_(0.5)
-    tokens = torch.cat([torch.eye(4)[[0, 0, 1]], 2 * torch.eye(4)[[3, 3]]])
-    kept, added = gate.adapt(tokens)
-    assert kept.tolist() == [0, 1]
-    assert added
-    assert gate.num_experts == 3
-    torch.testing.assert_close(gate.weight_ED[2], torch.eye(4)[3])
-    assert gate.threshold_E[2].item() == 0
-
-
-def test_dynmoe_averages_and_never_leaves_a_token_alone() -> None:
-    gate = DynMoEGate(4, 3).eval()
-    with torch.no_grad():
-        gate.threshold_E.fill_(5.0)
-    routing = gate(torch.randn(6, 4), NOTHING).routing
-    assert routing.counts_T().tolist() == [1] * 6
-    with torch.no_grad():
-        gate.threshold_E.fill_(-5.0)
-    torch.testing.assert_close(gate(torch.randn(6, 4), NOTHING).routing.weights_P, torch.full((18,), 1 / 3))
 
 
 def test_gshards_loss_counts_first_choices() -> None:

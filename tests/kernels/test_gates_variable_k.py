@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates import losses
 from collegium_kernels.gates.adamoe import AdaMoEGate
 from collegium_kernels.gates.adaptive import AdaptiveGate, curriculum
@@ -83,6 +84,13 @@ def test_adamoe_all_null_is_zero_and_means_follow_the_shares() -> None:
     wide = AdaMoEGate(64, 8, null_experts=8, k=4).eval()
     mean = wide(torch.randn(4000, 64), NOTHING).routing.num_pairs / 4000
     assert mean == pytest.approx(4 * 8 / 16, rel=0.1)
+
+
+def test_adamoe_may_choose_more_than_it_has_true_experts() -> None:
+    """k counts null experts too."""
+    gate = identity_gate(AdaMoEGate(6, 2, null_experts=4, k=4), 6)
+    routing = gate(torch.tensor([[7.0, 1, 9, 8, 0, 6], [9.0, 8, 0, 0, 0, 0]]), NOTHING).routing
+    assert routing.expert_ids_P.tolist() == [0, 0, 1]
 
 
 def test_adamoe_does_not_care_how_load_falls_among_nulls() -> None:
@@ -189,7 +197,7 @@ def test_read_me_decides_once_for_all_layers_and_causally() -> None:
     first = gate(torch.randn(7, 4), Context(token_ids_T=ids))
     later = gate(torch.randn(7, 4), Context(state_TS=first.state_TS))
     assert torch.equal(first.routing.expert_ids_P, later.routing.expert_ids_P)
-    torch.testing.assert_close(gate.decide(Context(token_ids_T=ids[:4])), first.state_TS[:4], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gate.decide(ids[:4]), first.state_TS[:4], atol=1e-5, rtol=1e-4)
 
 
 # SMILE, SparseMixer
@@ -264,5 +272,18 @@ def test_mutual_information_is_largest_when_tasks_use_their_own_experts() -> Non
     tasks = torch.tensor([0, 0, 1, 1])
     own = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     torch.testing.assert_close(losses.mutual_information_loss(own, tasks), torch.tensor(-math.log(2)))
+    assert float(losses.mutual_information_loss(own[:0], tasks[:0])) == 0
+    with pytest.raises(KernelInputError, match="a task for each of 4"):
+        losses.mutual_information_loss(own, tasks[:3])
     mixed = torch.full((4, 2), 0.5)
     torch.testing.assert_close(losses.mutual_information_loss(mixed, tasks), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_mutual_information_of_tokens_is_least_when_they_are_sure_and_experts_even() -> None:
+    sure_and_even = torch.eye(8).repeat(3, 1)
+    torch.testing.assert_close(losses.mutual_information_loss(sure_and_even), torch.tensor(-math.log(8)))
+    for probs in (torch.full((4, 8), 1 / 8), torch.eye(8)[[2, 2, 2]]):
+        torch.testing.assert_close(losses.mutual_information_loss(probs), torch.tensor(0.0), atol=1e-6, rtol=0)
+    probs = torch.randn(9, 8).softmax(dim=1)
+    each = losses.mutual_information_loss(probs, torch.arange(9))
+    torch.testing.assert_close(losses.mutual_information_loss(probs), each)

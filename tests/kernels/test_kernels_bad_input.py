@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from collegium_kernels.cpu.build import FOLDER, find_compiler
-from collegium_kernels.errors import KernelInputError
+from collegium_kernels.errors import BackendUnavailable, KernelInputError
+from collegium_kernels.gates.base import Context, Routed
 from collegium_kernels.gates.mixtral import MixtralGate
 from collegium_kernels.moe import FusedMoE, MoELayer, SwiGLUExperts
-from collegium_kernels.ragged import from_topk, static_from_topk
+from collegium_kernels.ragged import Routing, from_topk, rectangular, static_from_topk
 
 SCRIPT = """
 import torch
@@ -93,6 +94,38 @@ def test_a_layer_whose_parts_do_not_fit(experts: int, shape: tuple[int, ...], wo
     layer = MoELayer(MixtralGate(8, 5), SwiGLUExperts(experts, 8, 4))
     with pytest.raises(KernelInputError, match=words):
         layer(torch.randn(shape))
+
+
+class HandMade(torch.nn.Module):
+    """A gate of the user's own, which says the same of any tokens."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()
+        self.routing, self.num_experts = routing, routing.num_experts
+
+    def forward(self, x_TD: torch.Tensor, context: Context) -> Routed:
+        return Routed(routing=self.routing, scores_TE=x_TD, loss=torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        (rectangular(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), num_experts=4), "than 5 tokens"),
+        (rectangular(torch.full((5, 1), 99), torch.ones(5, 1), num_experts=4), "found 99 to 99"),
+        (rectangular(torch.full((5, 1), -1), torch.ones(5, 1), num_experts=4), "found -1 to -1"),
+    ],
+)
+def test_a_gate_of_ones_own_that_is_wrong_is_told_so(routing: Routing, words: str) -> None:
+    """Three tokens' routing for five tokens gave three outputs."""
+    layer = MoELayer(HandMade(routing), SwiGLUExperts(4, 8, 4))
+    with pytest.raises(KernelInputError, match=words):
+        layer(torch.randn(5, 8))
+
+
+def test_eight_bit_floats_have_no_products_in_torch() -> None:
+    weights = torch.zeros(2, 8, 4).to(torch.float8_e4m3fn), torch.zeros(2, 4, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(BackendUnavailable, match="no products of"):
+        FusedMoE(*weights, backend="torch")
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4), (2, 0, 4), (2, 8, 0)])

@@ -1,6 +1,7 @@
 """Cache policies on traces one can follow by hand, and against brute force."""
 
 import itertools
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from collegium_kernels.cache_policies import (
     PreGated,
     adapmoe_cost,
     allocate,
+    bound,
     hot_count,
     miss_curves,
     ring_stall_s,
@@ -23,7 +25,9 @@ from collegium_kernels.cache_policies import (
 from collegium_kernels.errors import KernelInputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from evals.kernels import record
 from evals.kernels.replay import main
 
 
@@ -47,6 +51,31 @@ def test_lru_and_lfu_by_hand() -> None:
     trace = one_layer("0001231230")
     assert replay(trace, Lru(), 2).hits == 2
     assert replay(trace, Lfu(), 2).hits == 3
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_lru_equals_an_ordered_dict(seed: int, slots: int) -> None:
+    trace, held, hits = random_trace(S=40, K=1, seed=seed), OrderedDict[tuple[int, int], None](), 0
+    for _, layer, (expert,) in trace.needs():
+        key = (layer, expert)
+        hits += key in held
+        held[key] = None
+        held.move_to_end(key)
+        if len(held) > slots:
+            held.popitem(last=False)
+    assert replay(trace, Lru(), slots).hits == hits
+
+
+def test_hit_rate_grows_with_how_often_an_expert_is_used_again() -> None:
+    rates = []
+    for again in (0.0, 0.5, 0.9):
+        generator, ids = torch.Generator().manual_seed(0), [0]
+        for _ in range(400):
+            stay = torch.rand((), generator=generator) < again
+            ids.append(ids[-1] if stay else int(torch.randint(0, 8, (), generator=generator)))
+        rates.append(replay(one_layer("".join(map(str, ids)), E=8), Lru(), 2).hit_rate)
+    assert rates[0] < rates[1] < rates[2]
 
 
 def test_belady_by_hand_and_never_beaten() -> None:
@@ -82,11 +111,49 @@ def test_belady_is_the_optimum(ids: list[int], slots: int) -> None:
     assert replay(trace, Belady(trace), slots).hits == brute_force_hits(tuple(ids), slots)
 
 
+def most_hits(trace: Trace, slots: int) -> int:
+    """By trying every set to hold after every layer."""
+    states: dict[frozenset[tuple[int, int]], int] = {frozenset(): 0}
+    for _, layer, experts in trace.needs():
+        keys, after = {(layer, e) for e in experts}, dict[frozenset[tuple[int, int]], int]()
+        for held, hits in states.items():
+            at_hand = sorted(held | keys)
+            for kept in itertools.combinations(at_hand, min(slots, len(at_hand))):
+                state = frozenset(kept)
+                after[state] = max(after.get(state, 0), hits + len(keys & held))
+        states = after
+    return max(states.values())
+
+
+@given(st.integers(0, 2**31), st.integers(0, 3), st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_no_cache_without_prefetch_passes_the_bound(seed: int, slots: int, layers: int) -> None:
+    trace = random_trace(S=7, L=layers, K=2, E=4, seed=seed)
+    best = bound(trace, slots)
+    assert best.hits == most_hits(trace, slots)
+    assert best.hits + best.misses == 7 * layers * 2
+    shares = allocate(miss_curves(trace), slots)
+    for policy in (Lru(), Lfu(), LeastStale(), Belady(trace), HotCold(trace, slots), PerLayer(shares)):
+        assert replay(trace, policy, slots).hits <= best.hits
+
+
 def test_least_stale_keeps_the_layers_to_come() -> None:
     """Three layers, the same expert each token, two slots: LRU always throws out what comes next."""
     trace = trace_of(*[[[0], [0], [0]]] * 10)
     assert replay(trace, Lru(), 2).hits == 0
     assert replay(trace, LeastStale(), 2).hits == 9
+
+
+def test_who_leaves_first() -> None:
+    """Least stale: of the layers to come the farthest. LFU: of equals the one used longest ago, whatever its number."""
+    now = Now(step=3, layer=1, tick=13)
+    stale, lfu = LeastStale(), Lfu()
+    for tick, key in enumerate([(2, 0), (3, 0)]):
+        stale.used(key, Now(step=0, layer=key[0], tick=tick))
+    assert stale.victim([(2, 0), (3, 0)], now) == (3, 0)
+    for tick, key in enumerate([(1, 5), (1, 2)]):
+        lfu.used(key, Now(step=tick, layer=1, tick=tick))
+    assert lfu.victim([(1, 2), (1, 5)], now) == (1, 5)
 
 
 def test_hit_rate_grows_with_slots_and_is_whole_when_all_fit() -> None:
@@ -115,6 +182,18 @@ def test_experts_needed_together_do_not_evict_each_other() -> None:
     assert set(cache.resident) == {(0, 0), (0, 1)}
     assert cache.need(0, [0, 1], Now(step=1, layer=0, tick=1)) == []
     assert ExpertCache(0, Lru()).need(0, [3], now) == [(0, 3)]
+
+
+def test_an_expert_asked_for_twice_is_loaded_once() -> None:
+    """A guess may name one twice, and threw two others out for it."""
+    cache, now = ExpertCache(2, Lru()), Now(step=0, layer=0, tick=0)
+    cache.need(0, [0, 1], now)
+    later = Now(step=1, layer=0, tick=1)
+    assert cache.prefetch([(1, 3), (1, 3)], later, keep=()) == [(1, 3)]
+    assert len(cache.resident) == 2
+    assert cache.tally.prefetched == 1
+    assert cache.need(0, [2, 2], Now(step=2, layer=0, tick=2)) == [(0, 2)]
+    assert cache.tally.misses == 3
 
 
 def test_allocation_equals_brute_force() -> None:
@@ -172,15 +251,26 @@ def test_traces_are_saved_and_bad_ids_refused(tmp_path: Path) -> None:
     assert torch.equal(loaded.ids_SLK, trace.ids_SLK)
     with pytest.raises(KernelInputError, match="ids in"):
         Trace(ids_SLK=torch.full((1, 1, 1), 9), num_experts=8)
+    with pytest.raises(KernelInputError, match="an integer dtype"):
+        Trace(ids_SLK=torch.rand(1, 1, 1), num_experts=8)
     with pytest.raises(KernelInputError, match="slots is -1"):
         ExpertCache(-1, Lru())
+
+
+def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no tensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    save_file({"ids_SLK": torch.zeros(1, 1, 1, dtype=torch.int32)}, tmp_path / "bare")
+    for name in ("text", "other", "bare", "none"):
+        with pytest.raises(KernelInputError, match=f"{name} is not a trace"):
+            Trace.load(tmp_path / name)
 
 
 def test_the_command_prints_every_policy_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random_trace().save(tmp_path / "trace.safetensors")
     main([str(tmp_path / "trace.safetensors"), "--plot", str(tmp_path / "hits.svg")])
     out = capsys.readouterr().out
-    for name in ("lru", "lfu", "least-stale", "dp-allocation", "hot-cold", "belady", "pre-gated"):
+    for name in ("lru", "lfu", "least-stale", "dp-allocation", "hot-cold", "belady", "bound", "pre-gated"):
         assert name in out
     assert out.count("5%") >= 8
     assert (tmp_path / "hits.svg").read_text().startswith("<svg")
@@ -188,8 +278,26 @@ def test_the_command_prints_every_policy_and_plots(tmp_path: Path, capsys: pytes
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_layer("0102").save(tmp_path / "trace")
-    wrong = [(["none"], "there is no trace"), (["trace", "--plot", str(tmp_path / "a.png")], "writes SVG")]
+    (tmp_path / "text").write_text("no tensors")
+    wrong = [
+        (["none"], "there is no trace"),
+        (["text"], "is not a trace"),
+        (["trace", "--plot", str(tmp_path / "a.png")], "writes SVG"),
+        (["trace", "--plot", str(tmp_path / "none" / "a.svg")], "there is no folder"),
+        (["trace", "--expert-bytes", "0"], "must be above 0"),
+    ]
     for (name, *more), words in wrong:
         with pytest.raises(SystemExit):
             main([str(tmp_path / name), *more])
         assert words in capsys.readouterr().err
+
+
+def test_the_recorder_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    nowhere = str(tmp_path / "none" / "trace")
+    for arguments, words in (([nowhere, "trace"], "has no config.json"), ([str(tmp_path), nowhere], "no folder")):
+        with pytest.raises(SystemExit):
+            record.main(arguments)
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no routed experts"):
+        record.from_routed_experts([], num_experts=4)

@@ -23,7 +23,7 @@ TOKENS = [0, 1, 2, 7, 8, 9, 63, 64, 65, 257]
 
 
 @pytest.mark.parametrize("T", TOKENS)
-@pytest.mark.parametrize("E", [1, 2, 7, 8, 64])
+@pytest.mark.parametrize("E", [1, 2, 7, 8, 64, 128])
 def test_torch_equals_the_reference_on_edge_shapes(T: int, E: int, make_experts: Make, make_routing: Make) -> None:
     x, (gate_up, down) = torch.randn(T, 12), make_experts(E, 12, 7)
     routing = make_routing(T, E, min(E, 2), drop=0.3)

@@ -8,6 +8,7 @@ from collegium_kernels.ragged import (
     by_expert,
     by_token,
     check_routing,
+    concatenate,
     from_dense,
     from_topk,
     limit_capacity,
@@ -112,6 +113,8 @@ def test_capacity_keeps_the_earliest_tokens_or_the_best_ranks() -> None:
         ({"weights_P": torch.ones(3)}, "weights_P"),
         ({"weights_P": torch.ones(2, dtype=torch.long)}, "weights_P"),
         ({"num_experts": 5}, "expert_ids_P"),
+        ({"expert_ids_P": torch.tensor([[0], [3]]), "weights_P": torch.ones(2, 1)}, "expert_ids_P"),
+        ({"indptr_T1": torch.tensor([0, 0, 2]), "fixed_k": 1}, "indptr_T1.*as fixed_k says"),
     ],
 )
 def test_a_hand_made_routing_that_would_read_outside_is_refused(change: dict[str, object], named: str) -> None:
@@ -138,3 +141,50 @@ def test_a_hand_made_routing_that_would_read_outside_is_refused(change: dict[str
 def test_a_top_k_of_the_wrong_kind_is_refused(ids: torch.Tensor, weights: torch.Tensor, named: str) -> None:
     with pytest.raises(KernelInputError, match=named):
         from_topk(ids, weights, num_experts=4)
+
+
+def test_a_typing_error_does_not_drop_ids() -> None:
+    with pytest.raises(KernelInputError, match="bad_ids 'refuse'"):
+        from_topk(torch.full((2, 2), 9), torch.ones(2, 2), num_experts=4, bad_ids="refuse")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("weights", "active", "named"),
+    [
+        (torch.rand(3, 4), torch.ones(3, 5, dtype=torch.bool), "active_TE"),
+        (torch.rand(3, 4), torch.ones(2, 4, dtype=torch.bool), "active_TE"),
+        (torch.rand(3, 4), torch.ones(3, 4, dtype=torch.long), "active_TE"),
+        (torch.rand(4), torch.ones(4, dtype=torch.bool), "weights_TE"),
+        (torch.ones(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool), "weights_TE"),
+    ],
+)
+def test_a_matrix_of_the_wrong_kind_is_refused(weights: torch.Tensor, active: torch.Tensor, named: str) -> None:
+    with pytest.raises(KernelInputError, match=named):
+        from_dense(weights, active)
+
+
+@given(TOPKS, st.integers(0, 4))
+@settings(max_examples=30, deadline=None)
+def test_capacity_of_a_static_routing_means_the_same_at_its_own_size(
+    case: tuple[int, int, int, int], capacity: int
+) -> None:
+    T, K, E, seed = case
+    ids, weights = any_topk(T, K, E, seed)
+    static = limit_capacity(static_from_topk(ids, weights, num_experts=E), capacity)
+    exact = limit_capacity(from_topk(ids, weights, num_experts=E), capacity)
+    check_routing(static, num_tokens=T, num_experts=E)
+    assert static.num_pairs == T * K
+    torch.testing.assert_close(static.dense_TE(), exact.dense_TE())
+
+
+def test_a_rank_for_each_pair() -> None:
+    routing = from_topk(torch.zeros(4, 1, dtype=torch.long), torch.rand(4, 1), num_experts=2)
+    with pytest.raises(KernelInputError, match="rank_P of shape"):
+        limit_capacity(routing, 1, rank_P=torch.zeros(3, dtype=torch.long))
+
+
+def test_routings_with_cheap_experts_are_not_put_together() -> None:
+    plain = from_topk(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), num_experts=2)
+    copying = from_topk(torch.full((2, 1), 2), torch.ones(2, 1), num_experts=2, identity_ids=(2,))
+    with pytest.raises(KernelInputError, match="copy_T"):
+        concatenate([plain, copying])

@@ -81,10 +81,13 @@ def test_prompts_are_not_stolen_from_the_default(gate: Any) -> None:
 # The property behind both, for every gate that claims it.
 
 
-@pytest.mark.parametrize("name", sorted(n for n in gates.GATES if not gates.card(n).batch_dependent and n != "read_me"))
+STEADY = sorted(n for n in gates.GATES if not gates.card(n).batch_dependent and n != "read_me")
+OPTIONS = {name: {"vocab_size": 50} for name in ("hash", "stable_moe", "mask_moe")}
+
+
+@pytest.mark.parametrize("name", STEADY)
 def test_no_request_changes_another_one_bitwise(name: str) -> None:
-    options: dict[str, Any] = {"vocab_size": 50} if name in {"hash", "stable_moe", "mask_moe"} else {}
-    layer = layer_with(gates.load(name)(D, E, **options))
+    layer = layer_with(gates.load(name)(D, E, **OPTIONS.get(name, {})))
     mine, ids = torch.randn(3, D), torch.randint(0, 50, (12,))
 
     def run(tokens: Tensor) -> Tensor:
@@ -99,6 +102,33 @@ def test_no_request_changes_another_one_bitwise(name: str) -> None:
     alone = run(mine)
     for scale in (0.0, 1.0, 100.0):
         assert torch.equal(run(torch.cat([mine, scale * torch.randn(9, D)])), alone)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("native", torch.float32), ("native", torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.float32)],
+)
+def test_served_experts_are_steady_with_any_gate(precision: Any, dtype: torch.dtype) -> None:
+    """Ragged lists, copies and constants too."""
+    moe = FusedMoE(
+        (torch.randn(E, 64, 64) / 8).to(dtype), (torch.randn(E, 64, 32) / 6).to(dtype), precision=precision, group=32
+    )
+    for name in STEADY:
+        gate = gates.load(name)(64, E, **OPTIONS.get(name, {})).eval()
+        tokens, ids = torch.randn(20, 64).to(dtype), torch.randint(0, 50, (20,))
+
+        def run(some: slice, gate: Any = gate, tokens: Tensor = tokens, ids: Tensor = ids) -> Tensor:
+            context = Context(
+                token_ids_T=ids[some],
+                importance_T=torch.linspace(0.1, 1, 20)[some],
+                generator=torch.Generator().manual_seed(1),
+            )
+            with torch.no_grad():
+                return moe(tokens[some], gate(tokens[some], context).routing)
+
+        whole = run(slice(None))
+        for some in (slice(0, 1), slice(7, 12)):
+            assert torch.equal(run(some), whole[some]), name
 
 
 @pytest.mark.parametrize(

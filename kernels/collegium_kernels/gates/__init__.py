@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Card
 
 # A gate is made with (width, num_experts) and options.
@@ -64,14 +65,21 @@ CARDS = {
 
 
 def load(name: str) -> Any:
-    """The class or function behind a name."""
-    return _load((GATES | OTHERS)[name])
+    """The class or function behind a name. Raises KernelInputError, with all of them, for a name that is none."""
+    return _load(_target(name))
 
 
 def card(name: str) -> Card:
     """What docs/gates.md says of it."""
-    found: Card = _load(CARDS.get(name) or (GATES | OTHERS)[name].partition(":")[0] + ":CARD")
+    found: Card = _load(CARDS.get(name) or _target(name).partition(":")[0] + ":CARD")
     return found
+
+
+def _target(name: str) -> str:
+    known = GATES | OTHERS
+    if name not in known:
+        raise KernelInputError(f"gate '{name}' is not one of {', '.join(sorted(known))}.")
+    return known[name]
 
 
 def _load(target: str) -> Any:

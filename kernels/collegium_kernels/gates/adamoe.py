@@ -20,7 +20,7 @@ class AdaMoEGate(LinearGate):
     ) -> None:
         nulls = num_experts if null_experts is None else null_experts
         super().__init__(width, num_experts, num_experts + nulls)
-        self.null_experts, self.k, self.balance = nulls, min(k, num_experts), balance
+        self.null_experts, self.k, self.balance = nulls, min(k, num_experts + nulls), balance
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         probs_TE = self.logits(x_TD).softmax(dim=1)

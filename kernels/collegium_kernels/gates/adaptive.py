@@ -20,10 +20,10 @@ class AdaptiveGate(LinearGate):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         probs_TE = self.logits(x_TD).softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, 2)
-        sure_T1 = (weights_TK[:, :1] - weights_TK[:, 1:2]) > self.threshold
+        sure_T1 = (weights_TK[:, :1] - weights_TK[:, 1:].sum(dim=1, keepdim=True)) > self.threshold
         both_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
         weights_TK = torch.where(sure_T1, weights_TK, both_TK)
-        ids_TK = torch.cat([ids_TK[:, :1], torch.where(sure_T1, -1, ids_TK[:, 1:2])], dim=1)
+        ids_TK = torch.cat([ids_TK[:, :1], torch.where(sure_T1, -1, ids_TK[:, 1:])], dim=1)
         routing = from_topk(ids_TK, weights_TK, num_experts=self.num_experts)
         return Routed(routing=routing, scores_TE=probs_TE, loss=self.balance * balance_loss(probs_TE, routing))
 

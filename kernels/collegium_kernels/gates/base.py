@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.ragged import Routing, rectangular
+from collegium_kernels.errors import KernelInputError, require
+from collegium_kernels.ragged import INTEGERS, Routing, rectangular
 from collegium_kernels.steady import steady_mm
 
 
@@ -74,7 +75,11 @@ def fp32_mm(x_RD: Tensor, w_ND: Tensor) -> Tensor:
 
 
 def best(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores and their ids, highest first. Ties go to the lowest id, on every device."""
+    """The k highest scores and their ids, highest first; all of them when there are fewer.
+
+    Ties go to the lowest id, on every device."""
+    if k < 0:
+        raise KernelInputError(f"k is {k}: it must be at least 0.")
     ordered = torch.sort(scores_TE, dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
 
@@ -91,8 +96,28 @@ def zero(x_TD: Tensor) -> Tensor:
     return torch.zeros((), device=x_TD.device)
 
 
-def needed(value: Tensor | None, name: str) -> Tensor:
-    """The context's tensor, or an error that names it."""
+def needed(value: Tensor | None, name: str, num_tokens: int) -> Tensor:
+    """The context's tensor, one entry a token, or an error that names it."""
     if value is None:
         raise ValueError(f"this gate reads Context.{name}, which is None")
+    require(value.shape == (num_tokens,), f"Context.{name}", value, f"one entry for each of {num_tokens} tokens")
     return value
+
+
+def needed_ids(context: Context, num_tokens: int, vocab_size: int | None) -> Tensor:
+    """The context's token ids as int64. Their values are read on the host only for CPU tensors."""
+    ids_T = needed(context.token_ids_T, "token_ids_T", num_tokens)
+    require(ids_T.dtype in INTEGERS, "Context.token_ids_T", ids_T, "an integer dtype")
+    if vocab_size is not None and ids_T.device.type == "cpu" and num_tokens:
+        low, high = (int(v) for v in ids_T.aminmax())
+        inside = low >= 0 and high < vocab_size
+        require(inside, "Context.token_ids_T", ids_T, f"ids in [0, {vocab_size}), found {low} to {high}")
+    return ids_T.long()
+
+
+def state_of(context: Context, num_tokens: int, size: int) -> Tensor | None:
+    """What the layer below handed on, (tokens, ``size``); None in the first layer."""
+    state_TS = context.state_TS
+    if state_TS is not None:
+        require(state_TS.shape == (num_tokens, size), "Context.state_TS", state_TS, f"shape {(num_tokens, size)}")
+    return state_TS

@@ -3,6 +3,8 @@
 Legend: T tokens, D width, E experts (a power of two), K trees, N = E - 1 nodes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,7 @@ class CometGate(nn.Module):
         self.temperature, self.iterations = temperature, iterations
         self.search_KEE = nn.Parameter(torch.randn(k, num_experts, num_experts) * temperature) if search else None
         self.register_buffer("order_KE", None)
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         x_TD = x_TD.float()
@@ -77,6 +80,12 @@ class CometGate(nn.Module):
             raise ValueError("this gate was made without search: there is no order to fix")
         best = [linear_sum_assignment(scores, maximize=True)[1] for scores in self.search_KEE.detach().cpu().numpy()]
         self.order_KE = torch.stack([torch.as_tensor(row) for row in best]).to(self.search_KEE.device)
+
+
+def _make_room(gate: CometGate, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hardened gate's checkpoint holds an order; torch loads buffers only where there are some already."""
+    saved = state.get(prefix + "order_KE")
+    gate.order_KE = None if saved is None else torch.empty_like(saved)
 
 
 def _paths(steps_TKN: Tensor, depth: int) -> Tensor:

@@ -18,7 +18,7 @@ class DAMoEGate(LinearGate):
         self.k_max, self.balance = min(k_max, num_experts), balance
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        importance_T = needed(context.importance_T, "importance_T")
+        importance_T = needed(context.importance_T, "importance_T", len(x_TD))
         probs_TE = self.logits(x_TD).softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, self.k_max)
         k_T = (self.k_max * importance_T).round().clamp(1, self.k_max)

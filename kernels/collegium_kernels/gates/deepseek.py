@@ -6,6 +6,7 @@ Legend: T tokens, D width, E routed experts, F expert width.
 import torch
 from torch import Tensor, nn
 
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, top_k
 from collegium_kernels.gates.losses import counts
 from collegium_kernels.ragged import Routing
@@ -27,6 +28,8 @@ class DeepSeekGate(LinearGate):
         devices: int = 1,
     ) -> None:
         super().__init__(width, num_experts)
+        if num_experts % devices:
+            raise KernelInputError(f"{num_experts} experts do not divide among {devices} devices.")
         self.k, self.balance, self.device_balance, self.devices = min(k, num_experts), balance, device_balance, devices
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:

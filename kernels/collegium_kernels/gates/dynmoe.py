@@ -7,15 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from collegium_kernels.errors import require
 from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm
+from collegium_kernels.moe import SwiGLUExperts
 from collegium_kernels.ragged import from_dense
 from collegium_kernels.steady import steady_map
 
-CARD = Card(title="DynMoE", source="arXiv 2405.14297", k="1 to E", cost="E D + D")
+CARD = Card(title="DynMoE", source="arXiv 2405.14297", k="1 to E, 0 too in training", cost="E D + D")
 
 
 class DynMoEGate(nn.Module):
-    """Active where sigmoid(cos(x, w_i)) exceeds sigmoid(G_i); a token nobody wants goes to the nearest expert."""
+    """Active where sigmoid(cos(x, w_i)) exceeds sigmoid(G_i). A token nobody wants goes to the nearest expert, but in
+    training to none: it is what ``adapt`` adds an expert for."""
 
     def __init__(self, width: int, num_experts: int, *, scale: float = 1.0, auxiliary: float = 0.01) -> None:
         super().__init__()
@@ -28,7 +31,8 @@ class DynMoEGate(nn.Module):
         return self.weight_ED.shape[0]
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        unit_TD = x_TD.float() / x_TD.float().square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        x_TD = x_TD.float().contiguous()  # a sum over strided rows is in another order
+        unit_TD = x_TD / x_TD.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
         cosines_TE = fp32_mm(unit_TD, functional.normalize(self.weight_ED.float(), dim=1))
         return steady_map(torch.sigmoid, self.scale * cosines_TE)
 
@@ -39,11 +43,12 @@ class DynMoEGate(nn.Module):
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         scores_TE = self.scores(x_TD)
         active_TE = self.active(scores_TE)
-        nearest_TE = functional.one_hot(scores_TE.argmax(dim=1), self.num_experts).bool()
-        active_TE = torch.where(active_TE.any(dim=1, keepdim=True), active_TE, nearest_TE)
+        if not self.training:
+            nearest_TE = functional.one_hot(scores_TE.argmax(dim=1), self.num_experts).bool()
+            active_TE = torch.where(active_TE.any(dim=1, keepdim=True), active_TE, nearest_TE)
         margin_TE = scores_TE - steady_map(torch.sigmoid, self.threshold_E.float())
         through_TE = active_TE + margin_TE - margin_TE.detach()
-        weights_TE = through_TE / active_TE.sum(dim=1, keepdim=True)
+        weights_TE = through_TE / active_TE.sum(dim=1, keepdim=True).clamp(min=1)
         return Routed(routing=from_dense(weights_TE, active_TE), scores_TE=scores_TE, loss=self._loss())
 
     def _loss(self) -> Tensor:
@@ -55,13 +60,25 @@ class DynMoEGate(nn.Module):
     @torch.no_grad()
     def adapt(self, x_TD: Tensor) -> tuple[Tensor, bool]:
         """Drop experts no token activates; add one where tokens activate nothing. Returns the kept ids, and whether
-        an expert was added: the owner of the experts' weights follows."""
+        an expert was added: ``adapt_experts`` follows. Raises KernelInputError for no tokens, which say nothing."""
+        require(len(x_TD) > 0, "x_TD", x_TD, "some tokens, to see which experts they use")
         active_TE = self.active(self.scores(x_TD))
         kept = active_TE.any(dim=0).nonzero()[:, 0]
         orphans_ND = x_TD[~active_TE.any(dim=1)].float()
         weights, thresholds = self.weight_ED[kept], self.threshold_E[kept]
         if len(orphans_ND):
-            weights = torch.cat([weights, functional.normalize(orphans_ND.sum(dim=0, keepdim=True), dim=1)])
+            new_1D = functional.normalize(orphans_ND.sum(dim=0, keepdim=True), dim=1)
+            weights = torch.cat([weights, new_1D.to(weights.dtype)])
             thresholds = torch.cat([thresholds, thresholds.new_zeros(1)])
         self.weight_ED, self.threshold_E = nn.Parameter(weights), nn.Parameter(thresholds)
         return kept, bool(len(orphans_ND))
+
+
+@torch.no_grad()
+def adapt_experts(experts: SwiGLUExperts, kept: Tensor, added: bool) -> SwiGLUExperts:
+    """The experts for a gate after ``adapt``: those kept, and a freshly drawn one where one was added."""
+    _, width, expert_width = experts.w_down_EDF.shape
+    made = SwiGLUExperts(len(kept) + added, width, expert_width).to(experts.w_down_EDF)
+    made.w_gate_up_EGD[: len(kept)] = experts.w_gate_up_EGD[kept]
+    made.w_down_EDF[: len(kept)] = experts.w_down_EDF[kept]
+    return made

@@ -5,7 +5,7 @@ import heapq
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, needed, zero
+from collegium_kernels.gates.base import Card, Context, Routed, needed_ids, zero
 from collegium_kernels.ragged import rectangular
 
 CARD = Card(title="Hash layers", source="arXiv 2106.04426", k="1", cost="0")
@@ -32,7 +32,7 @@ class HashGate(nn.Module):
         self.register_buffer("table_V", table_V if frequency_V is None else balanced_table(frequency_V, num_experts))
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        ids_T1 = self.table_V[needed(context.token_ids_T, "token_ids_T")][:, None]
+        ids_T1 = self.table_V[needed_ids(context, len(x_TD), len(self.table_V))][:, None]
         routing = rectangular(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
         scores_TE = nn.functional.one_hot(ids_T1[:, 0], self.num_experts).to(x_TD.dtype)
         return Routed(routing=routing, scores_TE=scores_TE, loss=zero(x_TD))

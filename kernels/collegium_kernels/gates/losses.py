@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from collegium_kernels.errors import require
 from collegium_kernels.gates.base import Card
 from collegium_kernels.ragged import Routing
 
@@ -14,8 +15,8 @@ GLOBAL_CARD = Card(
     title="Global-batch balance loss", source="arXiv 2501.11873", k="-", cost="E", batch_dependent=True, kind="loss"
 )
 MUTUAL_CARD = Card(
-    title="Mutual information of tasks and experts",
-    source="arXiv 2212.08066",
+    title="Mutual information of tasks, or tokens, and experts",
+    source="arXiv 2212.08066, 2404.05567",
     k="-",
     cost="2 E",
     batch_dependent=True,
@@ -46,8 +47,17 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     return logits_TE.logsumexp(dim=1).square().mean() if logits_TE.shape[0] else logits_TE.sum()
 
 
-def mutual_information_loss(probs_TE: Tensor, tasks_T: Tensor) -> Tensor:
-    """Minus I(task; expert): each task should use few experts, and all tasks together all of them."""
+def mutual_information_loss(probs_TE: Tensor, tasks_T: Tensor | None = None) -> Tensor:
+    """Minus I(task; expert): each task should use few experts, and all tasks together all of them.
+
+    Without ``tasks_T`` every token is a task of its own: the mean of the tokens' entropies less the entropy of their
+    mean, as DS-MoE (arXiv 2404.05567) trains with. It is -log E when tokens are sure and experts evenly used."""
+    if probs_TE.shape[0] == 0:
+        return probs_TE.sum()
+    if tasks_T is None:
+        mean_E = probs_TE.mean(dim=0)
+        return torch.xlogy(mean_E, mean_E).sum() - torch.xlogy(probs_TE, probs_TE).sum(dim=1).mean()
+    require(tasks_T.shape == probs_TE.shape[:1], "tasks_T", tasks_T, f"a task for each of {len(probs_TE)} tokens")
     num_tasks = int(tasks_T.max()) + 1
     joint_ME = probs_TE.new_zeros(num_tasks, probs_TE.shape[1]).index_add(0, tasks_T, probs_TE) / probs_TE.shape[0]
     apart_ME = joint_ME.sum(dim=1, keepdim=True) * joint_ME.sum(dim=0, keepdim=True)

@@ -17,12 +17,14 @@ CARD = Card(
     source="arXiv 2310.09832",
     k="2, merged",
     cost="E D + k F D, once a sequence",
+    batch_dependent=True,
     kind="layer",
 )
 
 
 class MergedExperts(nn.Module):
-    """The gate reads the mean of a sequence; y = act(W x + b) with W and b the gated sums of the experts'.
+    """The gate reads the mean of a sequence, later tokens too: not for decoding. y = act(W x + b) with W and b the
+    gated sums of the experts'.
 
     ``bottleneck`` makes it the paper's token-level variant: the experts are still merged once a sequence, but each
     token first adds up(relu(down(x))) of its own, with this many numbers between. ``up`` starts at zero.
@@ -53,8 +55,9 @@ class MergedExperts(nn.Module):
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and ids of the sequence's experts."""
-        values, ids = best(self.gate.logits(x_TD.mean(dim=0, keepdim=True)), self.k)
-        return values.softmax(dim=1)[0], ids[0]
+        mean_1D = x_TD.float().sum(dim=0, keepdim=True) / max(1, len(x_TD))
+        values, ids = best(self.gate.logits(mean_1D), self.k)
+        return values.softmax(dim=1)[0].to(x_TD.dtype), ids[0]
 
     def forward(self, x_TD: Tensor, context: Context | None = None) -> Tensor:
         x_TD = self.attend(x_TD)

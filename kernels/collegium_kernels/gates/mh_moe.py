@@ -1,5 +1,7 @@
 """MH-MoE: each token is split in sub-tokens that are routed apart. Legend: T tokens, D width, H heads."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from collegium_kernels.gates.base import Card, Context
@@ -24,5 +26,13 @@ class MultiHeadMoELayer(nn.Module):
     def forward(self, x_TD: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The output and the gate's loss."""
         parts = steady_mm(x_TD, self.split.weight).reshape(-1, x_TD.shape[1] // self.heads)
-        y, routed = self.layer(parts, context)
+        y, routed = self.layer(parts, context and self._of_parts(context))
         return steady_mm(y.reshape(x_TD.shape), self.merge.weight), routed.loss
+
+    def _of_parts(self, context: Context) -> Context:
+        """Each part has its token's id and importance."""
+        ids_T, importance_T = (
+            None if each is None else each.repeat_interleave(self.heads)
+            for each in (context.token_ids_T, context.importance_T)
+        )
+        return replace(context, token_ids_T=ids_T, importance_T=importance_T)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, top_k
 from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.ragged import rectangular
@@ -28,6 +29,10 @@ class MixtralGate(LinearGate):
         balance: float = 0.001,
     ) -> None:
         super().__init__(width, num_experts)
+        if order not in ("pre", "post"):
+            raise KernelInputError(f"order '{order}' is not one of pre, post.")
+        if order == "post" and not renormalise:
+            raise KernelInputError("order 'post' sums to 1 by itself: renormalise=False is for order 'pre'.")
         self.k, self.order, self.renormalise, self.balance = k, order, renormalise, balance
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:

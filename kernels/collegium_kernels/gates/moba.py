@@ -24,7 +24,7 @@ def block_gate(q_HTA: Tensor, k_HTA: Tensor, *, block: int, k: int) -> Tensor:
     own_T1 = (torch.arange(T, device=q_HTA.device) // block)[:, None]
     numbers_N = torch.arange(N, device=q_HTA.device)
     scores_HTN = scores_HTN.masked_fill(numbers_N > own_T1, -torch.inf).masked_fill(numbers_N == own_T1, torch.inf)
-    chosen = best(scores_HTN.flatten(0, 1), min(k, N))[1].view(H, T, -1)
+    chosen = best(scores_HTN.flatten(0, 1), min(k, N))[1].view(H, T, min(k, N))
     picked_HTN = torch.zeros_like(scores_HTN, dtype=torch.bool).scatter(2, chosen, True)
     return picked_HTN & (numbers_N <= own_T1)
 

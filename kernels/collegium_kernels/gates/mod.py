@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, best
-from collegium_kernels.steady import steady_mm
+from collegium_kernels.gates.base import Card, Context, best, fp32_mm
 
 CARD = Card(
     title="Mixture of depths",
@@ -33,13 +32,12 @@ class MoDLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor]:
         """The output and the predictor's loss. ``causal`` lets the predictor choose."""
-        scores_T = steady_mm(x_TD, self.router)[:, 0]
-        guess_T = steady_mm(x_TD.detach(), self.predictor)[:, 0]
+        scores_T = fp32_mm(x_TD, self.router)[:, 0]
+        guess_T = fp32_mm(x_TD.detach(), self.predictor)[:, 0]
         count = min(len(x_TD), math.ceil(self.share * len(x_TD)))
         chosen = best(scores_T[None], count)[1][0]
-        loss = functional.binary_cross_entropy_with_logits(
-            guess_T, torch.zeros_like(guess_T).index_fill(0, chosen, 1.0)
-        )
+        truth_T = torch.zeros_like(guess_T).index_fill(0, chosen, 1.0)
+        loss = functional.binary_cross_entropy_with_logits(guess_T, truth_T) if len(x_TD) else guess_T.sum()
         picked = (guess_T > 0).nonzero()[:, 0] if causal else chosen.sort().values
         update = scores_T[picked, None] * self.block(x_TD[picked])
-        return x_TD.index_add(0, picked, update), loss
+        return x_TD.index_add(0, picked, update.to(x_TD.dtype)), loss

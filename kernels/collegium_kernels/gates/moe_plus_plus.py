@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm, state_of
 from collegium_kernels.ragged import Routing, from_topk
 
 CARD = Card(
@@ -45,8 +45,9 @@ class MoEPlusPlusGate(LinearGate):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         logits_TE = self.logits(x_TD)
-        if context.state_TS is not None:
-            logits_TE = logits_TE + fp32_mm(context.state_TS, self.residual_EE)
+        below_TE = state_of(context, *logits_TE.shape)
+        if below_TE is not None:
+            logits_TE = logits_TE + fp32_mm(below_TE, self.residual_EE)
         probs_TE = logits_TE.softmax(dim=1)
         weights_TK, ids_TK = best(probs_TE, self.k)
         weights_TK = weights_TK.masked_fill(ids_TK == self.num_experts, 0)

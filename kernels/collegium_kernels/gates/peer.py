@@ -50,11 +50,12 @@ class PeerLayer(nn.Module):
         self.norm = nn.LayerNorm(query)
         self.keys_2NQ = nn.Parameter(torch.randn(2, sub_keys, query // 2) / (query / 2) ** 0.5)
         self.u = nn.Embedding(sub_keys**2, width)
+        nn.init.normal_(self.u.weight, std=width**-0.5)
         self.v = nn.Embedding(sub_keys**2, width)
 
     def retrieve(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and numbers of the experts, (tokens, heads, k)."""
-        queries = self.norm(steady_mm(x_TD, self.query).view(len(x_TD) * self.heads, -1))
+        queries = self.norm(steady_mm(x_TD, self.query).view(len(x_TD) * self.heads, len(self.query) // self.heads))
         first, second = queries.chunk(2, dim=1)
         scores, numbers = product_top_k(steady_mm(first, self.keys_2NQ[0]), steady_mm(second, self.keys_2NQ[1]), self.k)
         scores = scores.softmax(dim=1) if self.score == "softmax" else scores.relu()
@@ -63,6 +64,6 @@ class PeerLayer(nn.Module):
     def forward(self, x_TD: Tensor, context: Context | None = None) -> Tensor:
         scores, numbers = self.retrieve(x_TD)
         dots = (self.u(numbers) * x_TD[:, None, None, :]).sum(dim=-1)
-        hidden = scores * steady_map(functional.gelu, dots / x_TD.shape[1] ** 0.5)
+        hidden = scores * steady_map(functional.gelu, dots)
         y_TD: Tensor = (hidden[..., None] * self.v(numbers)).sum(dim=(1, 2))
         return y_TD

@@ -5,7 +5,7 @@ Legend: T tokens, D width, E experts.
 
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, top_k, zero
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, state_of, top_k, zero
 
 CARD = Card(title="Pre-gated", source="arXiv 2308.12066", k="2, one block ahead", cost="E D")
 
@@ -23,7 +23,8 @@ class PreGate(nn.Module):
         self.ahead = LinearGate(width, num_experts)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        logits_TE = self.here.logits(x_TD) if context.state_TS is None else context.state_TS
+        chosen_below_TE = state_of(context, len(x_TD), self.num_experts)
+        logits_TE = self.here.logits(x_TD) if chosen_below_TE is None else chosen_below_TE
         probs_TE = logits_TE.softmax(dim=1)
         routing = top_k(probs_TE, self.k, renormalise=True)
         return Routed(routing=routing, scores_TE=probs_TE, loss=zero(x_TD), state_TS=self.ahead.logits(x_TD))

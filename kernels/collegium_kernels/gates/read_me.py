@@ -6,7 +6,7 @@ Legend: T tokens (one sequence), S width of the router, E experts.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, needed, top_k, zero
+from collegium_kernels.gates.base import Card, Context, Routed, needed_ids, state_of, top_k, zero
 
 CARD = Card(
     title="Read-ME pre-gating router",
@@ -23,20 +23,20 @@ class ReadMeGate(nn.Module):
         self, width: int, num_experts: int, *, vocab_size: int = 32000, state: int = 64, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.vocab_size = num_experts, vocab_size
         self.embedding = nn.Embedding(vocab_size, state)
         block = nn.TransformerEncoderLayer(state, heads, 4 * state, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
         self.score = nn.Linear(state, num_experts, bias=False)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        logits_TE = context.state_TS if context.state_TS is not None else self.decide(context)
+        decided_TE = state_of(context, len(x_TD), self.num_experts)
+        logits_TE = self.decide(needed_ids(context, len(x_TD), self.vocab_size)) if decided_TE is None else decided_TE
         probs_TE = logits_TE.softmax(dim=1)
         return Routed(routing=top_k(probs_TE, 1), scores_TE=probs_TE, loss=zero(x_TD), state_TS=logits_TE)
 
-    def decide(self, context: Context) -> Tensor:
+    def decide(self, ids_T: Tensor) -> Tensor:
         """The logits of one sequence, from its token ids alone."""
-        ids_T = needed(context.token_ids_T, "token_ids_T")
         if len(ids_T) == 0:
             return torch.zeros(0, self.num_experts, device=ids_T.device)
         mask_TT = nn.Transformer.generate_square_subsequent_mask(len(ids_T), device=ids_T.device)

@@ -31,7 +31,13 @@ class ReMoEGate(LinearGate):
         return (load_E * weights_TE.sum(dim=0)).sum() / max(1, weights_TE.shape[0])
 
     @torch.no_grad()
-    def control(self, routing: Routing) -> None:
-        """Raise the penalty while too many experts are active, lower it otherwise."""
-        sparsity = 1 - routing.num_pairs / (routing.num_tokens * self.num_experts)
+    def control(self, *routings: Routing) -> None:
+        """Raise the penalty while too many experts are active, lower it otherwise.
+
+        Given the routings of all layers, in each of them, every layer has the same penalty, as in the paper: the layers
+        then share the k among them. Given its own, each layer is held near k."""
+        tokens = sum(routing.num_tokens for routing in routings)
+        if tokens == 0:
+            return
+        sparsity = 1 - sum(routing.num_pairs for routing in routings) / (tokens * self.num_experts)
         self.penalty *= self.factor if sparsity < 1 - self.k / self.num_experts else 1 / self.factor

@@ -6,7 +6,7 @@ Legend: T tokens, D width, E experts, S state.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm, top_k
+from collegium_kernels.gates.base import Card, Context, Routed, fp32_mm, state_of, top_k
 from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.steady import steady_map
 
@@ -52,7 +52,8 @@ class RMoEGate(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         input_TS = fp32_mm(x_TD, self.project_SD)
-        before_TS = torch.zeros_like(input_TS) if context.state_TS is None else context.state_TS
+        below_TS = state_of(context, *input_TS.shape)
+        before_TS = torch.zeros_like(input_TS) if below_TS is None else below_TS
         state_TS: Tensor = self.gru(input_TS, before_TS.detach() if self.detach else before_TS)
         probs_TE = fp32_mm(state_TS, self.score_ES).softmax(dim=1)
         routing = top_k(probs_TE, self.k, renormalise=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Card
 from collegium_kernels.ragged import Routing
 
@@ -19,9 +20,11 @@ CARD = Card(
 
 def weak_routing(routing: Routing, *, rank: int = 2) -> Routing:
     """The same tokens, each with only its expert of this rank, at weight 1. Every token needs that many."""
+    if rank < 1:
+        raise KernelInputError(f"rank is {rank}: the best expert has rank 1.")
     pairs_T = routing.indptr_T1[:-1] + rank - 1
     if bool((pairs_T >= routing.indptr_T1[1:]).any()):
-        raise ValueError(f"a token has fewer than {rank} experts")
+        raise KernelInputError(f"a token has fewer than {rank} experts")
     ids_P = routing.expert_ids_P[pairs_T]
     indptr_T1 = torch.arange(len(pairs_T) + 1, device=ids_P.device)
     weights_P = torch.ones_like(routing.weights_P[pairs_T])

@@ -5,6 +5,7 @@ Legend: T tokens, D width, N nodes, M experts a node, E = N M.
 
 from torch import Tensor, nn
 
+from collegium_kernels.errors import KernelInputError
 from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best
 from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.ragged import rectangular
@@ -19,6 +20,8 @@ class SmileGate(nn.Module):
         super().__init__()
         self.num_experts, self.balance = num_experts, balance
         self.nodes = nodes or max(n for n in range(1, num_experts + 1) if num_experts % n == 0 and n * n <= num_experts)
+        if num_experts % self.nodes:
+            raise KernelInputError(f"{num_experts} experts do not divide among {self.nodes} nodes.")
         self.local = num_experts // self.nodes
         self.inter, self.intra = LinearGate(width, self.nodes), LinearGate(width, self.local)
 

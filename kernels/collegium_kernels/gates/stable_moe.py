@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm, needed, zero
+from collegium_kernels.gates.base import Card, Context, LinearGate, Routed, best, fp32_mm, needed_ids, zero
 from collegium_kernels.gates.losses import counts
 from collegium_kernels.ragged import Routing, rectangular
 from collegium_kernels.steady import steady_map
@@ -43,7 +43,7 @@ class StableMoEGate(LinearGate):
             parameter.requires_grad_(False)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        ids_T = needed(context.token_ids_T, "token_ids_T")
+        ids_T = needed_ids(context, len(x_TD), self.embedding.num_embeddings)
         scores_TE = self.logits(x_TD)
         light_TE = fp32_mm(self.embedding(ids_T), self.light_ES)
         chosen_T1 = best(scores_TE if self.stage == 1 else light_TE, 1)[1]

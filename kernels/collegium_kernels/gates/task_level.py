@@ -6,7 +6,7 @@ Legend: T tokens, D width, E experts, K slots, N tasks.
 import torch
 from torch import Tensor, nn
 
-from collegium_kernels.gates.base import Card, Context, Routed, best, needed, top_k
+from collegium_kernels.gates.base import Card, Context, Routed, best, needed_ids, top_k
 from collegium_kernels.gates.losses import balance_loss
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
 
@@ -25,7 +25,7 @@ class TaskLevelGate(nn.Module):
         self.weight_ED = nn.Parameter(torch.randn(num_experts, task_width) / task_width**0.5)
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        tasks_T = needed(context.token_ids_T, "token_ids_T")
+        tasks_T = needed_ids(context, len(x_TD), len(self.task_ND))
         probs_TE = self.probabilities()[tasks_T]
         routing = top_k(probs_TE, self.k, renormalise=True)
         return Routed(routing=routing, scores_TE=probs_TE, loss=self.balance * balance_loss(probs_TE, routing))

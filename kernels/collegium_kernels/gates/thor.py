@@ -13,17 +13,21 @@ CARD = Card(title="THOR, random", source="arXiv 2110.04260", k="1", cost="0")
 class RandomGate(nn.Module):
     """One expert for the whole call from the context's generator; in training call twice and compare the outputs.
 
-    Every token of a call gets the same expert, so that who else is in the batch does not move the draw.
+    Every token of a call gets the same expert, so that who else is in the batch does not move the draw. ``ensemble``
+    serves the mean of all experts instead, the other of the paper's two ways, at E times the cost.
     """
 
-    def __init__(self, width: int, num_experts: int) -> None:
+    def __init__(self, width: int, num_experts: int, *, ensemble: bool = False) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.ensemble = num_experts, ensemble
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
-        expert = int(torch.randint(0, self.num_experts, (), generator=context.generator))
-        ids_T1 = torch.full((x_TD.shape[0], 1), expert, device=x_TD.device)
-        routing = rectangular(ids_T1, x_TD.new_ones(ids_T1.shape), num_experts=self.num_experts)
+        ids_K = torch.arange(self.num_experts)
+        if self.training or not self.ensemble:
+            ids_K = torch.randint(0, self.num_experts, (1,), generator=context.generator)
+        ids_TK = ids_K.to(x_TD.device).expand(x_TD.shape[0], -1)
+        weights_TK = x_TD.new_full(ids_TK.shape, 1 / len(ids_K))
+        routing = rectangular(ids_TK, weights_TK, num_experts=self.num_experts)
         scores_TE = x_TD.new_full((x_TD.shape[0], self.num_experts), 1 / self.num_experts)
         return Routed(routing=routing, scores_TE=scores_TE, loss=zero(x_TD))
 

@@ -20,9 +20,9 @@ CARD = Card(
 
 def tucker_top_k(rows_TNR: Tensor, columns_TNR: Tensor, core_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best slots i N + j by rows[i]^T C columns[j]: found by C's leading singular pair, then scored exactly."""
-    u_RR, _, vh_RR = torch.linalg.svd(core_RR.detach().float())
-    row_ids = best((rows_TNR.detach() * u_RR[:, 0]).sum(dim=2), k)[1]
-    column_ids = best((columns_TNR.detach() * vh_RR[0]).sum(dim=2), k)[1]
+    u_R, v_R = leading_pair(core_RR)
+    row_ids = best((rows_TNR.detach() * u_R).sum(dim=2), k)[1]
+    column_ids = best((columns_TNR.detach() * v_R).sum(dim=2), k)[1]
     rows_TKR = rows_TNR.gather(1, row_ids[..., None].expand(-1, -1, rows_TNR.shape[2]))
     columns_TKR = columns_TNR.gather(1, column_ids[..., None].expand(-1, -1, columns_TNR.shape[2]))
     scored_TKR = (rows_TKR[:, :, :, None] * core_RR).sum(dim=2)
@@ -30,6 +30,17 @@ def tucker_top_k(rows_TNR: Tensor, columns_TNR: Tensor, core_RR: Tensor, k: int)
     numbers = (row_ids[:, :, None] * rows_TNR.shape[1] + column_ids[:, None, :]).flatten(1)
     values_TK, picked_TK = best(scores, k)
     return values_TK, numbers.gather(1, picked_TK)
+
+
+def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
+    """The first left and right singular vectors, with the sign that makes both together point up.
+
+    Either sign is a decomposition. The other one, which LAPACK gives for a core of ones, would look for the lowest
+    rows, and a sign that changes from one training step to the next would change every slot."""
+    u_RR, _, vh_RR = torch.linalg.svd(core_RR.detach().float())
+    u_R, v_R = u_RR[:, 0], vh_RR[0]
+    sign = torch.where(u_R.sum() + v_R.sum() < 0, -1.0, 1.0)
+    return sign * u_R, sign * v_R
 
 
 def second_singular_penalty(core_RR: Tensor, *, margin: float = 0.15) -> Tensor:
@@ -63,7 +74,7 @@ class UltraMemLayer(nn.Module):
         self.k, self.rank, self.blocks, self.real = min(k, rows), rank, blocks, real
         self.query = nn.Parameter(torch.randn(2 * query, width) / width**0.5)
         self.keys = nn.Parameter(torch.randn(2, rows * rank, query) / query**0.5)
-        self.cores = nn.Parameter(torch.eye(rank).repeat(cores, 1, 1) + 0.1 * torch.randn(cores, rank, rank))
+        self.cores = nn.Parameter(torch.rand(cores, rank, rank))
         self.table = nn.Embedding(real, value)
         self.out = nn.Linear(blocks * value, width, bias=False)
         self.register_buffer("shuffle", torch.randperm(rows * rows, generator=torch.Generator().manual_seed(seed)))
@@ -71,8 +82,9 @@ class UltraMemLayer(nn.Module):
     def retrieve(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Scores by each core (tokens, k, cores), and virtual slots."""
         first, second = steady_mm(x_TD, self.query).chunk(2, dim=1)
-        rows_TNR = steady_mm(first, self.keys[0]).view(len(x_TD), -1, self.rank)
-        columns_TNR = steady_mm(second, self.keys[1]).view(len(x_TD), -1, self.rank)
+        sizes = len(x_TD), self.keys.shape[1] // self.rank, self.rank
+        rows_TNR = steady_mm(first, self.keys[0]).view(sizes)
+        columns_TNR = steady_mm(second, self.keys[1]).view(sizes)
         _, numbers_TK = tucker_top_k(rows_TNR, columns_TNR, self.cores.sum(dim=0), self.k)
         N = rows_TNR.shape[1]
         picked_r = rows_TNR.gather(1, (numbers_TK // N)[..., None].expand(-1, -1, self.rank))

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collegium_kernels.gates.base import Card, Context
+from collegium_kernels.gates.base import Card, Context, fp32_mm
 from collegium_kernels.grouped import combine, dispatch
 from collegium_kernels.moe import MoELayer, SwiGLUExperts
 from collegium_kernels.ragged import by_expert, from_topk
-from collegium_kernels.steady import steady_mm
 
 CARD = Card(title="VQMoE", source="arXiv 2411.19402", k="k + 1", cost="(E + C + 2) D", kind="layer")
 
@@ -32,8 +31,8 @@ class VQMoELayer(nn.Module):
 
     def codes(self, x_TD: Tensor) -> Tensor:
         """The nearest code of each token."""
-        squares_C = self.codebook_CD.square().sum(dim=1)
-        return (squares_C - 2 * steady_mm(x_TD, self.codebook_CD)).argmin(dim=1)
+        squares_C = self.codebook_CD.float().square().sum(dim=1)
+        return (squares_C - 2 * fp32_mm(x_TD, self.codebook_CD)).argmin(dim=1)
 
     def forward(self, x_TD: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The output, and the loss: the router's and the codebook's."""
@@ -41,7 +40,7 @@ class VQMoELayer(nn.Module):
         if self.discrete_only:
             return discrete_TD, loss
         y_TD, routed = self.layer(x_TD, context)
-        mix_T2 = steady_mm(x_TD, self.mix_2D).softmax(dim=1)
+        mix_T2 = fp32_mm(x_TD, self.mix_2D).softmax(dim=1).to(y_TD.dtype)
         return mix_T2[:, :1] * y_TD + mix_T2[:, 1:] * discrete_TD, loss + routed.loss
 
     def _discrete(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +52,7 @@ class VQMoELayer(nn.Module):
         mixed_TD = self.norm((1 - self.rho) * x_TD + self.rho * (code_TD - x_TD).detach())
         rows = by_expert(routing)
         y_TD = combine(self.experts(dispatch(mixed_TD, rows), rows.indptr_E1), mixed_TD, routing, rows)
-        loss = functional.mse_loss(code_TD, x_TD.detach()) + self.commitment * functional.mse_loss(
-            x_TD, code_TD.detach()
-        )
-        return y_TD, loss
+        if len(x_TD) == 0:
+            return y_TD, y_TD.sum()
+        learn = functional.mse_loss(code_TD, x_TD.detach())
+        return y_TD, learn + self.commitment * functional.mse_loss(x_TD, code_TD.detach())
