@@ -28,14 +28,15 @@ void spin(int64_t rounds) {
 }
 
 // Every cache line read takes part in PRODUCTS int8 products. Weights of experts with few rows cannot go faster: reading
-// and multiplying hide each other in part only.
+// and multiplying hide each other in part only. Four places are read in turn, which is faster than one: the hardware's
+// prefetcher follows pages.
 template <int PRODUCTS>
 double read_and_multiply(const uint8_t* data, int64_t bytes) {
   __m512i sums[kChains] = {}, a = _mm512_set1_epi8(1);
   const double start = seconds();
-  for (int64_t i = 0; i + 256 <= bytes; i += 256)
+  for (int64_t i = 0; i + 64 <= bytes / 4; i += 64)
     for (int c = 0; c < 4; ++c) {
-      const char* line = reinterpret_cast<const char*>(data + i + c * 64);
+      const char* line = reinterpret_cast<const char*>(data + i + c * (bytes / 4));
       _mm_prefetch(line + 16384, _MM_HINT_T1);
       _mm_prefetch(line + 2048, _MM_HINT_T0);
       const __m512i w = _mm512_loadu_si512(line);

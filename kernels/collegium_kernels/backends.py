@@ -100,6 +100,8 @@ def choose(weights: ExpertWeights, backend: str = "auto") -> Choice:
     """The first backend that accepts, or the one asked for. Raises BackendUnavailable with every reason."""
     if backend != "auto" and backend not in BACKENDS:
         raise KernelInputError(f"backend '{backend}' is not one of auto, {', '.join(BACKENDS)}.")
+    gate_up = weights.gate_up_EGD
+    require(gate_up.device.type != "meta", "w_gate_up_EGD", gate_up, "numbers: a meta tensor has none")
     refused: list[tuple[str, str]] = []
     for name in BACKENDS if backend == "auto" else (backend,):
         candidate = load(name)

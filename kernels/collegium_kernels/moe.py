@@ -73,6 +73,8 @@ class FusedMoE:
         return str(self._choice)
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if not isinstance(x_TD, Tensor):
+            raise KernelInputError(f"x_TD is a {type(x_TD).__name__}, not a tensor.")
         require(
             x_TD.dim() == 2 and x_TD.shape[1] == self.width, "x_TD", x_TD, f"two dimensions, (tokens, {self.width})"
         )
@@ -86,7 +88,8 @@ class FusedMoE:
         return self._run(x_TD, routing)
 
     def _refuse_gradients(self, x_TD: Tensor, routing: Routing) -> None:
-        wanted = x_TD.requires_grad or routing.weights_P.requires_grad or self._trained
+        given = (x_TD, routing.weights_P, routing.copy_T, routing.add_TD)
+        wanted = self._trained or any(t is not None and t.requires_grad for t in given)
         if wanted and torch.is_grad_enabled() and not self._choice.backend.differentiable:
             name = self._choice.backend.name
             raise KernelInputError(f"Backend '{name}' has no gradients: use backend='torch', or torch.no_grad().")

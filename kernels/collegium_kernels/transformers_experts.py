@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collegium_kernels.backends import Precision
 from collegium_kernels.moe import FusedMoE
-from collegium_kernels.ragged import rectangular
+from collegium_kernels.ragged import static_from_topk
 
 NAMES: dict[str, Precision] = {"collegium": "native", "collegium_int8": "int8", "collegium_int4": "int4"}
 PACKED = "_collegium_packed"
@@ -38,7 +38,8 @@ def forward_for(precision: Precision) -> Any:
         if self.__dict__.get(PACKED, (None,))[0] != state:
             self.__dict__[PACKED] = state, _pack(self, precision, trains=trains)
         moe: FusedMoE = self.__dict__[PACKED][1]
-        return moe(hidden_states, rectangular(top_k_index, top_k_weights, num_experts=moe.num_experts))
+        # Routers of transformers mark slots without an expert by ids outside the experts'.
+        return moe(hidden_states, static_from_topk(top_k_index, top_k_weights, num_experts=moe.num_experts))
 
     return forward
 

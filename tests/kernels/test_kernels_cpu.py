@@ -219,3 +219,17 @@ def test_portable_and_fast_code_round_alike(folder: Path, make_experts: Make, ma
     x, (gate_up, down), routing = torch.randn(31, 64), make_experts(4, 64, 48), make_routing(31, 4)
     fast, portable = (backend(way, folder).prepare(weights_of(gate_up, down, "int4")) for way in ("avx512", "portable"))
     assert off(fast(x, routing), portable(x, routing)) <= 0.005
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", ["avx512", "portable"])
+def test_bf16_tokens_are_widened_and_rounded_as_by_torch(way: str, folder: Path, make_experts: Make) -> None:
+    x, experts = (torch.randn(17, 70) * torch.logspace(-30, 30, 17)[:, None]).bfloat16(), make_experts(4, 70, 48)
+    x[3, 1], x[4, 2] = float("nan"), float("inf")
+    run = backend(way, folder).prepare(weights_of(*experts))
+    ids, weights = torch.randint(0, 5, (17, 2)), torch.rand(17, 2)
+    for identity in ((), (4,)):  # with identity experts the sum goes on in fp32
+        routing = from_topk(ids, weights, num_experts=4, identity_ids=identity)
+        got, wanted = run(x, routing), run(x.float(), routing).bfloat16()
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)

@@ -1,6 +1,7 @@
 """Building the library, falling back without it, and vLLM's bf16 kernel behind its self-test."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,12 @@ def test_a_compiler_that_fails_is_quoted_and_the_backend_falls_back(tmp_path: Pa
     broken.chmod(0o755)
     with pytest.raises(BackendUnavailable, match="no room at the inn"):
         build(str(broken), tmp_path / "cache")
-    fallback = CpuBackend(compiler=str(broken), folder=tmp_path / "cache")
-    assert "emulated in torch: " in fallback.how(weights_of(*make_experts(2, 32, 32)))
+    calls = tmp_path / "calls"
+    broken.write_text(f"#!/bin/sh\necho >> {calls}\nexit 1\n")
+    for _ in range(3):  # a model's layers
+        fallback = CpuBackend(compiler=str(broken), folder=tmp_path / "cache")
+        assert "emulated in torch: " in fallback.how(weights_of(*make_experts(2, 32, 32)))
+    assert calls.read_text() == "\n"
 
 
 def test_without_a_compiler_it_says_so_and_still_computes(
@@ -125,6 +130,9 @@ def test_explain_and_gradients(make_experts: Make, make_routing: Make) -> None:
     assert moe.explain().startswith("cpu: chosen, int8 ")
     with pytest.raises(KernelInputError, match="no gradients"):
         moe(torch.randn(5, 32, requires_grad=True), make_routing(5, 3))
+    constant = torch.randn(5, 32, requires_grad=True)
+    with pytest.raises(KernelInputError, match="no gradients"):
+        moe(torch.randn(5, 32), replace(make_routing(5, 3), add_TD=constant))
     with torch.no_grad():
         moe(torch.randn(5, 32, requires_grad=True), make_routing(5, 3))
 

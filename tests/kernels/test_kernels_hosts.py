@@ -155,6 +155,24 @@ def test_engines_of_the_comparison_come_with_their_twins(
 
 
 @needs_transformers
+@pytest.mark.parametrize("name", ["collegium", "collegium_int8"])
+def test_a_slot_without_an_expert(dense: Any, name: str) -> None:
+    """Its id is the number of experts: transformers' own loops pass it over."""
+    from collegium_kernels.transformers_experts import forward_for
+
+    from evals.kernels.upcycle import upcycle
+
+    experts = upcycle(dense).model.layers[0].mlp.experts
+    forward = forward_for("native" if name == "collegium" else "int8")
+    x, weights = torch.randn(3, 64), torch.rand(3, 2)
+    with torch.no_grad():
+        got = forward(experts, x, torch.tensor([[0, 4], [4, 4], [1, 2]]), weights)
+        wanted = forward(experts, x[:1], torch.tensor([[0]]), weights[:1, :1])
+    assert torch.equal(got[:1], wanted)
+    assert (got[1] == 0).all()
+
+
+@needs_transformers
 def test_experts_that_are_not_swiglu_are_refused(dense: Any) -> None:
     from collegium_kernels.transformers_experts import register
 
@@ -268,6 +286,9 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
         config.from_config({"grup": 32})
     with pytest.raises(ValueError, match="p is read with"):
         config.from_config({"p": 0.5})
+    for wrong in ({"group": 48}, {"group": "x"}, {"activation_bits": 12}, {"routing": "top_p", "p": "high"}):
+        with pytest.raises(ValueError, match=f"collegium_int4: {list(wrong)[-1]} "):
+            config.from_config(wrong)
 
 
 COMPILED = """

@@ -146,6 +146,14 @@ def test_wrong_tensors_are_named(argument: str, value: torch.Tensor, named: str,
         fused_moe(given_tensors["x"], given_tensors["gate_up"], given_tensors["down"], make_routing(3, 2))
 
 
+def test_what_is_no_tensor_or_has_no_numbers_is_named(make_experts: Make, make_routing: Make) -> None:
+    gate_up, down = make_experts(2, 8, 4)
+    with pytest.raises(KernelInputError, match="x_TD is a list"):
+        fused_moe([[1.0] * 8], gate_up, down, make_routing(1, 2))  # type: ignore[arg-type]
+    with pytest.raises(KernelInputError, match="a meta tensor has none"):
+        FusedMoE(gate_up.to("meta"), down.to("meta"))
+
+
 def test_non_contiguous_tensors_are_read_right(make_experts: Make, make_routing: Make) -> None:
     x, (gate_up, down), routing = torch.randn(8, 9).t(), make_experts(4, 8, 5), make_routing(9, 4)
     apart = gate_up.transpose(1, 2).contiguous().transpose(1, 2)

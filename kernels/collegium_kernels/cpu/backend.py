@@ -83,10 +83,7 @@ class CpuBackend:
         """The library, or why there is none."""
         if self._compiler is None:
             return None, "no C++ compiler on PATH (g++, clang++ or c++)"
-        try:
-            return NativeMoE(build(self._compiler, self._folder or cache_folder()), portable=self._portable), ""
-        except BackendUnavailable as exc:
-            return None, str(exc)
+        return _load(self._compiler, self._folder or cache_folder(), self._portable)
 
     def _float_way(self, weights: ExpertWeights) -> tuple[FloatWay | None, str]:
         """The faster way that takes the weights, or why there is none."""
@@ -109,6 +106,15 @@ class CpuBackend:
                 return way, ""
             reasons.append(why_not)
         return None, "; ".join(reasons)
+
+
+@cache
+def _load(compiler: str, folder: Path, portable: bool) -> tuple[NativeMoE | None, str]:
+    """Once a process: a model has many layers, and a compiler that fails takes its time."""
+    try:
+        return NativeMoE(build(compiler, folder), portable=portable), ""
+    except BackendUnavailable as exc:
+        return None, str(exc)
 
 
 @cache

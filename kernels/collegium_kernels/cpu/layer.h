@@ -19,8 +19,9 @@ using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 constexpr int kShares = 4;  // parts a thread: experts have unequal rows
 
 struct Problem {
-  const float* x;  // T x D
-  float* y;        // T x D
+  const void* x;  // T x D, fp32 or bf16
+  void* y;        // the same
+  bool narrow_x, narrow_y;  // bf16
   int64_t T, D, F, E;
   const int64_t* indptr;
   int64_t num_pairs;
@@ -158,6 +159,14 @@ void row_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const
     for (int c = 0; c < kColumns; ++c) sums.row[r][c] = sums.row[2 * r][c] + sums.row[2 * r + 1][c];
 }
 
+// A token in fp32; in `wide` where it is bf16.
+const float* token(const Problem& p, int64_t t, std::vector<float>& wide) {
+  if (!p.narrow_x) return static_cast<const float*>(p.x) + t * p.D;
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + t * p.D;
+  std::transform(x, x + p.D, wide.begin(), widen);
+  return wide.data();
+}
+
 template <typename Engine>
 void run(const Engine& engine, const Problem& p) {
   const Matrix &up = engine.up, &down = engine.down;
@@ -166,12 +175,15 @@ void run(const Engine& engine, const Problem& p) {
 
   auto in = engine.inputs(p.T, up);
   parallel(p, p.T, [&](int64_t begin, int64_t end) {
+    std::vector<float> wide(p.narrow_x ? p.D : 0);
     for (int64_t t = begin; t < end; ++t)
-      if (p.indptr[t + 1] > p.indptr[t]) engine.put(in, t, p.x + t * p.D, p.D);
+      if (p.indptr[t + 1] > p.indptr[t]) engine.put(in, t, token(p, t, wide), p.D);
   });
+  const Buffer<float> own_y(p.narrow_y ? p.T * p.D : 0);
+  float* const y = p.narrow_y ? own_y.data.get() : static_cast<float*>(p.y);
   // Hidden values lie in y where they fit: with few experts a token it is not needed before they are used up.
   const Buffer<float> own(count * width > p.T * p.D ? count * width : 0);
-  float* const hidden = count * width > p.T * p.D ? own.data.get() : p.y;
+  float* const hidden = count * width > p.T * p.D ? own.data.get() : y;
   parallel(p, rows.used.size() * up.panels, [&](int64_t begin, int64_t end) {
     Sums<typename Engine::Tile> sums;
     for (int64_t item = begin; item < end; ++item) {
@@ -186,7 +198,7 @@ void run(const Engine& engine, const Problem& p) {
   parallel(p, count, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) engine.put(mid, row, hidden + row * width, p.F);
   });
-  std::fill_n(p.y, p.T * p.D, 0.0f);
+  std::fill_n(y, p.T * p.D, 0.0f);
   parallel(p, down.panels, [&](int64_t begin, int64_t end) {
     Sums<typename Engine::Tile> sums;
     for (const int64_t e : rows.used)
@@ -195,12 +207,16 @@ void run(const Engine& engine, const Problem& p) {
           row_sums(engine, down, e, panel, mid, n, [&](int r) { return first + r; }, sums);
           const int64_t columns = std::min<int64_t>(kColumns, p.D - panel * kColumns);
           for (int r = 0; r < n; ++r) {
-            float* out = p.y + rows.tokens[first + r] * p.D + panel * kColumns;
+            float* out = y + rows.tokens[first + r] * p.D + panel * kColumns;
             const float weight = p.weights[rows.pairs[first + r]];
             for (int64_t c = 0; c < columns; ++c) out[c] += weight * sums.row[r][c];
           }
         });
   });
+  if (p.narrow_y)
+    parallel(p, p.T, [&](int64_t begin, int64_t end) {
+      std::transform(y + begin * p.D, y + end * p.D, static_cast<uint16_t*>(p.y) + begin * p.D, narrow);
+    });
 }
 
 }  // namespace

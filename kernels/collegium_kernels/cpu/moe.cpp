@@ -100,13 +100,13 @@ int collegium_is_intel() {
 #endif
 }
 
-// y (T x D) = experts of x (T x D). D and F are the true widths; the packed ones are rounded up to `inputs` and 64.
+// y (T x D) = experts of x (T x D), each fp32, or bf16 where narrow. D and F are the true widths; the packed ones are rounded up to `inputs` and 64.
 // Both return 0, 1 when indptr does not rise from 0 to pairs, 2 when memory ran out.
-int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
+int collegium_moe(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
                   int64_t num_pairs, const int64_t* ids, const float* weights, int threads, Team team, int bits, int64_t group1,
                   int64_t group2, int64_t inputs1, int64_t inputs2, const uint8_t* w1, const uint16_t* s1,
                   const uint8_t* w2, const uint16_t* s2, int planes, int portable) try {
-  const Problem problem{x, y, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
+  const Problem problem{x, y, narrow_x != 0, narrow_y != 0, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
   if (!problem.rises()) return 1;
   const Matrix up(w1, s1, inputs1, up_to(F, 32) * 2, group1, bits);
   const Matrix down(w2, s2, inputs2, up_to(D, 64), group2, bits);
@@ -117,10 +117,10 @@ int collegium_moe(const float* x, float* y, int64_t T, int64_t D, int64_t F, int
 }
 
 // kind: 0 fp32, 1 bf16, 2 fp16; packed widths are rounded up to 64. Returns 3 where there is no AVX512.
-int collegium_moe_floats(const float* x, float* y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
+int collegium_moe_floats(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
                          int64_t num_pairs, const int64_t* ids, const float* weights, int threads, Team team, int kind,
                          const uint8_t* w1, const uint8_t* w2) try {
-  const Problem problem{x, y, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
+  const Problem problem{x, y, narrow_x != 0, narrow_y != 0, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
   if (!problem.rises()) return 1;
 #if defined(__x86_64__)
   if (has_avx512()) {

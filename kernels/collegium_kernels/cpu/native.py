@@ -12,7 +12,7 @@ from collegium_kernels.errors import BackendUnavailable, KernelError, KernelInpu
 from collegium_kernels.ragged import Routing
 
 SIZE, POINTER, FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-PROBLEM = (POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, FLAG, POINTER)
+PROBLEM = (POINTER, POINTER, FLAG, FLAG, SIZE, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, FLAG, POINTER)
 CODES = (FLAG, SIZE, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER, POINTER, FLAG, FLAG)
 FLOATS = (FLAG, POINTER, POINTER)
 # The numbers by which moe.cpp knows them.
@@ -45,8 +45,8 @@ class NativeMoE:
         num_experts: int,
         planes: int = 1,
     ) -> Tensor:
-        """Experts in 8 or 4 bits, ``planes`` rows of 8 bits for each of the activations. fp32 out; the identity and
-        constant experts are the caller's."""
+        """Experts in 8 or 4 bits, ``planes`` rows of 8 bits for each of the activations. The identity and constant
+        experts are the caller's: beside them the result is in fp32, otherwise that of bf16 is bf16."""
         weights = (
             gate_up.bits, gate_up.span, down.span, gate_up.inputs, down.inputs, gate_up.codes.data_ptr(),
             gate_up.scales.data_ptr(), down.codes.data_ptr(), down.scales.data_ptr(), planes, self.portable,
@@ -69,14 +69,16 @@ class NativeMoE:
         num_experts: int,
         arguments: tuple[int, ...],
     ) -> Tensor:
-        x = x_TD.float().contiguous()
-        y = torch.empty_like(x)
+        x = (x_TD if x_TD.dtype == torch.bfloat16 else x_TD.float()).contiguous()
+        last = routing.copy_T is None and routing.add_TD is None
+        y = torch.empty(x.shape, dtype=x.dtype if last else torch.float32)
         indptr, ids = routing.indptr_T1.contiguous(), routing.expert_ids_P.contiguous()
         weights = routing.weights_P.detach().float().contiguous()
-        code = function(
-            x.data_ptr(), y.data_ptr(), *x.shape, expert_width, num_experts, indptr.data_ptr(), ids.shape[0],
-            ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(), self._team, *arguments,
+        problem = (
+            x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, y.dtype == torch.bfloat16, *x.shape, expert_width,
+            num_experts, indptr.data_ptr(), ids.shape[0], ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        code = function(*problem, self._team, *arguments)
         if code == 1:
             raise KernelInputError(f"{describe('routing.indptr_T1', indptr)}: must rise from 0 to {ids.shape[0]}.")
         if code != 0:

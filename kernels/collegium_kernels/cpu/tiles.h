@@ -95,6 +95,14 @@ float widen(uint16_t bf16) {
 
 constexpr uint32_t kInfinity = 0x7f800000;
 
+// To the nearest, ties to even, as torch rounds.
+uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return static_cast<uint16_t>((bits & 0x7fffffff) > kInfinity ? 0x7fc0 : rounded >> 16);
+}
+
 // Of the largest magnitude by its bits, in which infinities and NaN come last: they make the group, and so the row's
 // results, NaN. A group so small that 1 / scale overflows counts as zero.
 float code_scale(uint32_t top_bits) {

@@ -42,9 +42,32 @@ void quantise_avx512(Activations& a, int64_t row, const float* x, int64_t width)
 
 constexpr int kAhead = 4096;  // bytes: of what is read next, to L1
 
-// Eight inputs a step. SHARE: how many tiles read a slice, 2 for two or three, 4 for more. Each fetches its part of what
-// comes next to L2, a line from each of several places in turn: the hardware's own prefetcher follows pages, and so many
-// of them give it time. With few tiles the first also fetches the slice to L1; with many that pushes out what they share.
+// Integer sums of span `s`, scaled, onto the tile's; the first of all with nothing before it.
+template <int ROWS>
+inline __attribute__((always_inline)) void add_span(const __m512i (&sum)[ROWS][4], const uint16_t* w_scales,
+                                                    const Tile& t, int64_t s) {
+  __m512 scale[4];
+  for (int line = 0; line < 2; ++line)
+    _mm_prefetch(reinterpret_cast<const char*>(w_scales) + kAhead + line * 64, _MM_HINT_T0);
+  for (int c = 0; c < 4; ++c) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w_scales + c * 16));
+    scale[c] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  float* const sums = t.out;  // not read again after each store
+  for (int r = 0; r < ROWS; ++r) {
+    const __m512 mine = _mm512_set1_ps(t.scales[r][s]);
+    for (int c = 0; c < 4; ++c) {
+      float* out = sums + r * kColumns + c * 16;
+      const __m512 before = s > 0 ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
+      _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), _mm512_mul_ps(scale[c], mine), before));
+    }
+  }
+}
+
+// Eight inputs a step. SHARE: how many tiles read a slice, 2 for two or three, 4 for more. Each fetches its part of
+// what comes next to L2, a line from each of several places in turn: the hardware's own prefetcher follows pages, and
+// so many of them give it time. With few tiles the first also fetches the slice to L1; with many that pushes out what
+// they share.
 // The product is inline assembly because GCC 12 copies every accumulator around the intrinsic: 30 % of the time.
 template <int ROWS, int BITS, bool FIRST, int SHARE>
 void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
@@ -56,7 +79,6 @@ void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
   const char* ahead = reinterpret_cast<const char*>(t.ahead);
   const uint16_t* w_scales = slice.w_scales + slice.begin / m.spans_per_group * kColumns;
   int64_t in_group = slice.begin % m.spans_per_group;
-  float* const sums = t.out;  // not read again after each store
   for (int64_t s = slice.begin; s < slice.end; ++s) {
     __m512i sum[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
@@ -83,21 +105,7 @@ void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
       }
       if (store) unpacked += 2 * kStepBytes;
     }
-    __m512 scale[4];
-    for (int line = 0; line < 2; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(w_scales) + kAhead + line * 64, _MM_HINT_T0);
-    for (int c = 0; c < 4; ++c) {
-      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w_scales + c * 16));
-      scale[c] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512 mine = _mm512_set1_ps(t.scales[r][s]);
-      for (int c = 0; c < 4; ++c) {
-        float* out = sums + r * kColumns + c * 16;
-        const __m512 before = s > 0 ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), _mm512_mul_ps(scale[c], mine), before));
-      }
-    }
+    add_span<ROWS>(sum, w_scales, t, s);
     if (++in_group == m.spans_per_group) {
       in_group = 0;
       w_scales += kColumns;
@@ -121,7 +129,7 @@ template <int BITS, bool FIRST>
 void tile_avx512(const Matrix& m, const Slice& slice, const Tile& t) {
   if (FIRST && slice.tiles == 1) return tile_by_rows<BITS, FIRST, FIRST ? 1 : 2>(m, slice, t);
   if (slice.tiles < 4) return tile_by_rows<BITS, FIRST, 2>(m, slice, t);
-  return tile_by_rows<BITS, FIRST && BITS == 4, 4>(m, slice, t);
+  return tile_by_rows<BITS, FIRST && BITS == 4, 4>(m, slice, t);  // of int8 all such tiles are alike
 }
 
 // exp by 2^n * polynomial, relative error below 1e-6; the ends saturate.

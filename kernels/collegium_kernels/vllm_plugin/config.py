@@ -23,6 +23,7 @@ from collegium_kernels.vllm_plugin.op import experts_op
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
 OPTIONS = {"group", "activation_bits", "routing", "p"}
+ALLOWED = {"group": (128, 64, 32, 0), "activation_bits": (8, 16)}
 
 
 class CollegiumConfig(QuantizationConfig):
@@ -57,9 +58,13 @@ class CollegiumConfig(QuantizationConfig):
             raise ValueError(f"{cls.method} does not know {sorted(unknown)}; its options are {sorted(OPTIONS)}.")
         if "p" in config and config.get("routing") != "top_p":
             raise ValueError(f'{cls.method}: p is read with "routing": "top_p" only; add that, or leave p out.')
-        policy = RoutingPolicy(kind=config.get("routing", "top_k"), p=float(config.get("p", 0.9)))
-        bits = int(config.get("activation_bits", 8))
-        return cls(group=int(config.get("group", 128)), activation_bits=bits, policy=policy)
+        for name, allowed in ALLOWED.items():
+            if config.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{cls.method}: {name} {config[name]!r} is not one of {', '.join(map(str, allowed))}.")
+        if not isinstance(p := config.get("p", 0.9), int | float):
+            raise ValueError(f"{cls.method}: p {p!r} is not a number.")  # noqa: TRY004 - vLLM shows these
+        policy = RoutingPolicy(kind=config.get("routing", "top_k"), p=p)
+        return cls(group=config.get("group", 128), activation_bits=config.get("activation_bits", 8), policy=policy)
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> "CollegiumConfig":
