@@ -1,7 +1,8 @@
 """What int8 activations cost: ``python -m evals.kernels.activations --model FOLDER`` with a dense Llama checkpoint.
 
-The error of each feed-forward layer against the same weight codes with exact activations, with a scale a row and with
-one a group. The inputs are the model's own, and Gaussian ones. Legend: T tokens, D width, F feed-forward width.
+The error of each feed-forward layer against the same weight codes with exact activations: with a scale a row, with one
+a group, and with 16 bits. The inputs are the model's own, and Gaussian ones.
+Legend: T tokens, D width, F feed-forward width.
 """
 
 import argparse
@@ -22,8 +23,8 @@ CODES = ((8, 32), (8, 64), (8, 128), (4, 32), (4, 128))
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def errors(layer: Layer, bits: int, group: int) -> tuple[float, float]:
-    """Relative Frobenius errors of a layer: a scale a row, a scale a group."""
+def errors(layer: Layer, bits: int, group: int) -> tuple[float, float, float]:
+    """Relative Frobenius errors of a layer: a scale a row, a scale a group, a group in 16 bits."""
     x_TD, *weights = layer
     gate_FD, up_FD, down_DF = (quantise(w[None], bits=bits, group=group).dequantise()[0] for w in weights)
 
@@ -32,16 +33,21 @@ def errors(layer: Layer, bits: int, group: int) -> tuple[float, float]:
         return rounded(functional.silu(x @ gate_FD.t()) * (x @ up_FD.t())) @ down_DF.t()
 
     exact_TD = run(lambda x: x)
-    row, grouped = (
+    row, grouped, twice = (
         float((run(r) - exact_TD).norm() / exact_TD.norm())
-        for r in (lambda x: _coded(x, x.shape[1]), lambda x: _coded(x, group))
+        for r in (lambda x: _coded(x, x.shape[1]), lambda x: _coded(x, group), lambda x: _coded_twice(x, group))
     )
-    return row, grouped
+    return row, grouped, twice
 
 
 def _coded(x_TK: Tensor, span: int) -> Tensor:
     codes_TK, scales_TK = quantise_rows(x_TK, span)
     return codes_TK * scales_TK
+
+
+def _coded_twice(x_TK: Tensor, span: int) -> Tensor:
+    first_TK = _coded(x_TK, span)
+    return first_TK + _coded(x_TK - first_TK, span)
 
 
 def gaussian() -> Layer:
@@ -76,14 +82,14 @@ def layers_of(folder: Path, prompts: tuple[str, ...]) -> list[Layer]:
 
 def table(layers: list[Layer]) -> str:
     lines = [
-        "| codes, group | Gaussian: a row | a group | the model, a row: median, worst layer | a group |",
-        "|---|---|---|---|---|",
+        "| codes, group | Gaussian: a row | a group | 16 bits | the model: a row, median and worst | a group | 16 bits |",
+        "|---|---|---|---|---|---|---|",
     ]
     for bits, group in CODES:
-        row, grouped = errors(gaussian(), bits, group)
-        rows, groups = zip(*(errors(layer, bits, group) for layer in layers), strict=True)
-        both = " | ".join(f"{statistics.median(e):.1%}, {max(e):.1%}" for e in (rows, groups))
-        lines.append(f"| int{bits}, {group} | {row:.1%} | {grouped:.1%} | {both} |")
+        drawn = " | ".join(f"{error:.2g}" for error in errors(gaussian(), bits, group))
+        of_model = zip(*(errors(layer, bits, group) for layer in layers), strict=True)
+        rest = " | ".join(f"{statistics.median(e):.2g}, {max(e):.2g}" for e in of_model)
+        lines.append(f"| int{bits}, {group} | {drawn} | {rest} |")
     return "\n".join(lines) + "\n"
 
 

@@ -89,8 +89,9 @@ def test_a_chart_has_a_line_for_each_series() -> None:
 def test_one_scale_a_row_costs_more_than_one_a_group_where_an_input_is_large() -> None:
     x = torch.randn(16, 256)
     x[:, 3] *= 50
-    row, grouped = errors((x, torch.randn(96, 256), torch.randn(96, 256), torch.randn(256, 96)), 8, 32)
+    row, grouped, twice = errors((x, torch.randn(96, 256), torch.randn(96, 256), torch.randn(256, 96)), 8, 32)
     assert 0 < 2 * grouped < row < 0.2
+    assert 0 < 50 * twice < grouped
 
 
 def test_hosts_count_equal_texts_and_the_first_other_token() -> None:
