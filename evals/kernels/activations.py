@@ -82,7 +82,7 @@ def layers_of(folder: Path, prompts: tuple[str, ...]) -> list[Layer]:
 
 def table(layers: list[Layer]) -> str:
     lines = [
-        "| codes, group | Gaussian: a row | a group | 16 bits | the model: a row, median and worst | a group | 16 bits |",
+        "| codes, group | Gaussian: a row | a group | 16 bits | the model: a row, median, worst | a group | 16 bits |",
         "|---|---|---|---|---|---|---|",
     ]
     for bits, group in CODES:
