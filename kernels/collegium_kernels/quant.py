@@ -1,6 +1,7 @@
 """Expert weights in 8 or 4 bits, and how far off they are.
 
-Legend: E experts, N outputs, K inputs, G groups of inputs that share a scale, X = E N. A code c stands for (c - zero) * scale.
+Legend: E experts, N outputs, X = E N, K inputs, G groups of inputs that share a scale. A code c stands for
+(c - zero) * scale.
 """
 
 from dataclasses import dataclass
