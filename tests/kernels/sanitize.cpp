@@ -30,17 +30,18 @@ int run(Case c, int bits, int64_t group, int planes, int portable, int threads, 
   const int64_t columns1 = c.E * up_to(c.F, 32) * 2, columns2 = c.E * up_to(c.D, 64);
   const std::vector<uint8_t> w1(columns1 * inputs1 * bits / 8, 0x5a), w2(columns2 * inputs2 * bits / 8, 0xa5);
   const std::vector<uint16_t> s1(columns1 * (inputs1 / span1), 0x3c00), s2(columns2 * (inputs2 / span2), 0x3c00);
-  return collegium_moe(c.x.data(), c.y.data(), planes - 1, planes - 1, c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
-                       c.weights.data(), threads, team, bits, span1, span2, inputs1, inputs2, w1.data(), s1.data(), w2.data(),
-                       s2.data(), planes, portable);
+  return collegium_moe(c.x.data(), c.y.data(), planes - 1, planes - 1, c.T, c.D, c.F, c.E, c.indptr.data(),
+                       c.indptr[c.T], c.ids.data(), c.weights.data(), threads, team, bits, span1, span2, inputs1,
+                       inputs2, w1.data(), s1.data(), w2.data(), s2.data(), planes, portable);
 }
 
 int run_floats(Case c, int kind, int threads) {
   const int64_t bytes = kind == 0 ? 4 : 2;
   const std::vector<uint8_t> w1(c.E * up_to(c.F, 32) * 2 * up_to(c.D, 64) * bytes, 0x3c);
   const std::vector<uint8_t> w2(c.E * up_to(c.D, 64) * up_to(c.F, 64) * bytes, 0x3c);
-  return collegium_moe_floats(c.x.data(), c.y.data(), kind > 0, kind > 1, c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
-                              c.weights.data(), threads, nullptr, kind, w1.data(), w2.data());
+  return collegium_moe_floats(c.x.data(), c.y.data(), kind > 0, kind > 1, c.T, c.D, c.F, c.E, c.indptr.data(),
+                              c.indptr[c.T], c.ids.data(), c.weights.data(), threads, nullptr, kind, w1.data(),
+                              w2.data());
 }
 
 }  // namespace

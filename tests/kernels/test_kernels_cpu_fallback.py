@@ -176,6 +176,14 @@ def test_bf16_kernel_is_steady_and_takes_every_kind_of_routing(make_experts: Mak
     assert torch.equal(moe(x, exact), moe(x, static))
 
 
+def test_bf16_kernel_without_any_expert(make_experts: Make) -> None:
+    """A static routing has pairs all the same. The kernel divided by none of them, which ended the process."""
+    needs_vllm(64, 32)
+    moe, nobody = theirs(*make_experts(3, 64, 32, torch.bfloat16)), torch.full((2, 1), 3)
+    for make in (from_topk, static_from_topk):
+        assert (moe(torch.randn(2, 64).bfloat16(), make(nobody, torch.ones(2, 1), num_experts=3)) == 0).all()
+
+
 def test_bf16_widths_nobody_takes_go_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_experts: Make
 ) -> None:
@@ -191,11 +199,19 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(
 ) -> None:
     needs_vllm(64, 32)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(vllm_bf16, "self_test", vllm_bf16.self_test.__wrapped__)
     real = vllm_bf16._kernel
     monkeypatch.setattr(vllm_bf16, "_kernel", lambda *args: real(*args) * 1.05)
     choice = choose(weights_of(*make_experts(2, 64, 32, torch.bfloat16), precision="native"))
     assert choice.backend.name == "torch"
     assert "in the self-test" in str(choice)
+
+
+def test_a_width_is_tested_once_a_process(monkeypatch: pytest.MonkeyPatch, make_experts: Make) -> None:
+    """Every layer of a model asks, and at the width of a large one the answer takes seconds."""
+    needs_vllm(64, 96)
+    monkeypatch.setattr(vllm_bf16, "reference_moe", lambda *_, **__: pytest.fail("tested again"))
+    assert vllm_bf16.why_not(weights_of(*make_experts(3, 64, 96, torch.bfloat16), precision="native")) is None
 
 
 def test_emulation_is_its_own_definition(make_experts: Make, make_routing: Make) -> None:
