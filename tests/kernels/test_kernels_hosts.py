@@ -13,6 +13,8 @@ import torch
 from collegium_kernels.ragged import Routing
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
+from evals.kernels import record
+
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
 
@@ -164,3 +166,14 @@ def test_the_entry_point_names_the_function_that_registers() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["vllm.general_plugins"]["collegium"].partition(":")
     assert callable(getattr(import_module(module), name))
+
+
+def test_the_recorder_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    nowhere = str(tmp_path / "none" / "trace")
+    for arguments, words in (([nowhere, "trace"], "has no config.json"), ([str(tmp_path), nowhere], "no folder")):
+        with pytest.raises(SystemExit):
+            record.main(arguments)
+        assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no routed experts"):
+        record.from_routed_experts([], num_experts=4)
