@@ -1,5 +1,6 @@
 """Building the library, falling back without it, and vLLM's bf16 kernel behind its self-test."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_the_library_is_built_once(folder: Path) -> None:
     assert build(compiler, folder) == first
     assert first.stat().st_mtime_ns == stamp
     assert build(compiler, folder, extra_flags=("-O0",)) != first
+
+
+def test_a_library_is_for_other_users_too_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    """An image may be built by root and run by someone else; the file had the mode of a temporary one."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho > "$last"\n')
+    compiler.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        library = build(str(compiler), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert library.stat().st_mode & 0o444 == 0o444
+    with pytest.raises(BackendUnavailable, match="Could not run"):
+        build(str(tmp_path / "none"), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [library]
 
 
 def test_a_compiler_that_fails_is_quoted_and_the_backend_falls_back(tmp_path: Path, make_experts: Make) -> None:
