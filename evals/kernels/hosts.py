@@ -7,7 +7,6 @@ went through the same codes: what rounding alone changes. Each quantised engine 
 the same codes: a dense model in our arithmetic. Its texts are owed where a layer's output has the same bits, as with
 the paired router of ``upcycle``; where a token's weights are drawn, rounding of the last bit moves activation codes.
 With activations of 16 bits the twin is stock vLLM's dense model whose weights went through the codes.
-``--transformers`` runs the same prompts through transformers' registry of experts.
 """
 
 import argparse

@@ -27,9 +27,9 @@ void spin(int64_t rounds) {
   for (auto& sum : sums) asm volatile("" : : "v"(sum));
 }
 
-// Every cache line read takes part in PRODUCTS int8 products. Weights of experts with few rows cannot go faster: reading
-// and multiplying hide each other in part only. Four places are read in turn, which is faster than one: the hardware's
-// prefetcher follows pages.
+// Every cache line read takes part in PRODUCTS int8 products. Weights of experts with few rows cannot go faster:
+// reading and multiplying hide each other in part only. Four places are read in turn, which is faster than one: the
+// hardware's prefetcher follows pages.
 template <int PRODUCTS>
 double read_and_multiply(const uint8_t* data, int64_t bytes) {
   __m512i sums[kChains] = {}, a = _mm512_set1_epi8(1);

@@ -68,7 +68,7 @@ class RoofMeter:
         self._library = ctypes.CDLL(str(compile_library(compiler, (source,), cache_folder())))
         for name in ("roof_compute", "roof_read", "roof_read_and_multiply"):
             getattr(self._library, name).restype = ctypes.c_double
-        self._data = on_huge_pages(torch.ones(READ_BYTES, dtype=torch.uint8))
+        self._data = on_huge_pages(READ_BYTES, dtype=torch.uint8).fill_(1)
 
     def measure(self) -> Roof:
         """The best of a few tries each."""

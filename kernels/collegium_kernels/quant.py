@@ -1,6 +1,7 @@
 """Expert weights in 8 or 4 bits, and how far off they are.
 
-Legend: E experts, N outputs, K inputs, G groups of inputs that share a scale. A code c stands for (c - zero) * scale.
+Legend: E experts, N outputs, X = E N, K inputs, G groups of inputs that share a scale. A code c stands for
+(c - zero) * scale.
 """
 
 from dataclasses import dataclass
@@ -58,14 +59,18 @@ def quantise(w_ENK: Tensor, *, bits: int, group: int) -> Quantised:
         raise KernelInputError(f"bits {bits} is not one of 4, 8.")
     if group not in (0, 32, 64, 128):
         raise KernelInputError(f"group {group} is not one of 0 (the whole row), 32, 64, 128.")
-    K = w_ENK.shape[2]
+    E, N, K = w_ENK.shape
     require(group > 0 or K <= MOST_INPUTS, "w_ENK", w_ENK, f"at most {MOST_INPUTS} inputs, or a group")
-    filled = functional.pad(w_ENK.float(), (0, -K % (group or MULTIPLE)))
-    some = max(1, ELEMENTS // max(1, filled[:1].numel()))
-    pairs = [
-        _quantise_experts(filled[e : e + some], bits, group or filled.shape[2]) for e in range(0, len(filled), some)
-    ]
-    codes, scales = (torch.cat(part) for part in zip(*pairs, strict=True))
+    span = group or K + -K % MULTIPLE
+    groups = -(-K // span)
+    codes = torch.empty(E * N, groups * span, dtype=torch.uint8, device=w_ENK.device)
+    scales = torch.empty(E * N, groups, dtype=torch.bfloat16, device=w_ENK.device)
+    rows_XK, some = w_ENK.reshape(E * N, K), max(1, ELEMENTS // codes.shape[1])
+    for start in range(0, E * N, some):
+        mine = slice(start, start + some)
+        filled = functional.pad(rows_XK[mine].float(), (0, -K % span))
+        codes[mine], scales[mine] = _quantise_rows(filled, bits, span)
+    codes, scales = codes.view(E, N, -1), scales.view(E, N, -1)
     return Quantised(codes_ENK=codes, scales_ENG=scales, bits=bits, group=group, inputs=K)
 
 
@@ -88,19 +93,19 @@ def quantise_rows(x_TK: Tensor, span: int) -> tuple[Tensor, Tensor]:
     return codes.flatten(1)[:, :K], scale.expand_as(grouped).flatten(1)[:, :K]
 
 
-def _quantise_experts(w_ENK: Tensor, bits: int, span: int) -> tuple[Tensor, Tensor]:
+def _quantise_rows(w_XK: Tensor, bits: int, span: int) -> tuple[Tensor, Tensor]:
     zero = 1 << (bits - 1)
-    grouped = w_ENK.reshape(*w_ENK.shape[:2], -1, span)
-    high, low = grouped.amax(dim=3), grouped.amin(dim=3)
+    grouped = w_XK.view(len(w_XK), -1, span)
+    high, low = grouped.amax(dim=2), grouped.amin(dim=2)
     reach = torch.where(high > -low, high, low) / -zero
     best_error = torch.full_like(reach, torch.inf)
     codes, scales = torch.full_like(grouped, float(zero)), torch.zeros_like(reach)
     for stretch in STRETCH[bits]:
         scale = (reach * stretch).bfloat16().float()
         tried = (grouped / torch.where(scale == 0, 1, scale)[..., None]).round().clamp(-zero, zero - 1)
-        error = (tried * scale[..., None] - grouped).square().sum(dim=3)
+        error = (tried * scale[..., None] - grouped).square().sum(dim=2)
         better = (error < best_error) | error.isnan()
         best_error = torch.where(better, error, best_error)
         codes = torch.where(better[..., None], tried.nan_to_num(0) + zero, codes)
         scales = torch.where(better, scale, scales)
-    return codes.to(torch.uint8).flatten(2), scales.bfloat16()
+    return codes.to(torch.uint8).flatten(1), scales.bfloat16()

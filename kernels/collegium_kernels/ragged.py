@@ -200,15 +200,18 @@ def limit_capacity(routing: Routing, capacity: int, *, rank_P: Tensor | None = N
 
 
 def concatenate(parts: Sequence[Routing]) -> Routing:
-    """One routing for the tokens of all parts, one part after the other. Of identity and constant experts there must be
-    none."""
+    """One routing for the tokens of all parts, one part after the other: at least one part, all of the same experts. Of
+    identity and constant experts there must be none."""
     if any(part.copy_T is not None or part.add_TD is not None for part in parts):
         raise KernelInputError("routings with copy_T or add_TD cannot be put together.")
+    if len(sizes := {part.num_experts for part in parts}) != 1:
+        raise KernelInputError(f"routings of {sorted(sizes)} experts cannot be put together.")
     return Routing(
         indptr_T1=_indptr(torch.cat([part.counts_T() for part in parts])),
         expert_ids_P=torch.cat([part.expert_ids_P for part in parts]),
         weights_P=torch.cat([part.weights_P for part in parts]),
         num_experts=parts[0].num_experts,
+        static=any(part.static for part in parts),
     )
 
 

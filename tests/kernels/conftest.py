@@ -1,6 +1,7 @@
 """Experts and routings of any shape."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,16 @@ def make_routing() -> MakeRouting:
         return from_topk(ids, torch.rand(T, K), num_experts=E)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    """Heads as small as vLLM's attention takes them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()

@@ -30,17 +30,25 @@ int run(Case c, int bits, int64_t group, int planes, int portable, int threads, 
   const int64_t columns1 = c.E * up_to(c.F, 32) * 2, columns2 = c.E * up_to(c.D, 64);
   const std::vector<uint8_t> w1(columns1 * inputs1 * bits / 8, 0x5a), w2(columns2 * inputs2 * bits / 8, 0xa5);
   const std::vector<uint16_t> s1(columns1 * (inputs1 / span1), 0x3c00), s2(columns2 * (inputs2 / span2), 0x3c00);
-  return collegium_moe(c.x.data(), c.y.data(), planes - 1, planes - 1, c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
-                       c.weights.data(), threads, team, bits, span1, span2, inputs1, inputs2, w1.data(), s1.data(), w2.data(),
-                       s2.data(), planes, portable);
+  return collegium_moe(c.x.data(), c.y.data(), planes - 1, planes - 1, c.T, c.D, c.F, c.E, c.indptr.data(),
+                       c.indptr[c.T], c.ids.data(), c.weights.data(), threads, team, bits, span1, span2, inputs1,
+                       inputs2, w1.data(), s1.data(), w2.data(), s2.data(), planes, portable);
 }
 
-int run_floats(Case c, int kind, int threads) {
+// A team that is smaller than asked, with a thread of its own.
+void two(void (*work)(void*), void* data, unsigned, unsigned) {
+  std::thread other(work, data);
+  work(data);
+  other.join();
+}
+
+int run_floats(Case c, int kind, int threads, Team team = nullptr) {
   const int64_t bytes = kind == 0 ? 4 : 2;
   const std::vector<uint8_t> w1(c.E * up_to(c.F, 32) * 2 * up_to(c.D, 64) * bytes, 0x3c);
   const std::vector<uint8_t> w2(c.E * up_to(c.D, 64) * up_to(c.F, 64) * bytes, 0x3c);
-  return collegium_moe_floats(c.x.data(), c.y.data(), kind > 0, kind > 1, c.T, c.D, c.F, c.E, c.indptr.data(), c.indptr[c.T], c.ids.data(),
-                              c.weights.data(), threads, nullptr, kind, w1.data(), w2.data());
+  return collegium_moe_floats(c.x.data(), c.y.data(), kind > 0, kind > 1, c.T, c.D, c.F, c.E, c.indptr.data(),
+                              c.indptr[c.T], c.ids.data(), c.weights.data(), threads, team, kind, w1.data(),
+                              w2.data());
 }
 
 }  // namespace
@@ -50,12 +58,13 @@ int main() {
   for (int64_t T : {0, 1, 2, 9, 33, 150})
     for (int64_t width : {1, 37, 64, 130, 700}) {
       const Case c(T, width, 3);
-      const int threads = T == 33 ? 3 : 1;
+      const int threads = T < 33 ? 1 : 3;
+      const Team team = T == 33 ? two : nullptr;
       for (int bits : {4, 8})
         for (int portable : {0, 1})
           for (int64_t group : {0, 32})
-            for (int planes : {1, 2}) calls += run(c, bits, group, planes, portable, threads) == 0;
-      for (int kind : {0, 1, 2}) calls += run_floats(c, kind, threads) == (collegium_has_avx512() ? 0 : 3);
+            for (int planes : {1, 2}) calls += run(c, bits, group, planes, portable, threads, team) == 0;
+      for (int kind : {0, 1, 2}) calls += run_floats(c, kind, threads, team) == (collegium_has_avx512() ? 0 : 3);
     }
   Case bad(2, 1, 1);
   bad.indptr = {0, 2, 1};

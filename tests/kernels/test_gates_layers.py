@@ -284,6 +284,9 @@ def test_comet_learns_an_order_of_the_leaves_and_hardens_it() -> None:
     assert torch.equal(loaded(x, Context()).scores_TE, hard)
     loaded.load_state_dict(CometGate(6, 8, k=2, search=True).state_dict())
     assert loaded.order_KE is None
+    with pytest.warns(UserWarning, match="meta"):  # another device than the checkpoint's
+        loaded.to("meta").load_state_dict(gate.state_dict())
+    assert loaded.order_KE.is_meta
     with torch.no_grad():
         gate.nodes.mul_(1e4)
     assert (gate(x, Context()).scores_TE > 0).sum(dim=1).max() <= 2

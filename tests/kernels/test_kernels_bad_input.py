@@ -150,7 +150,10 @@ def test_sizes_past_32_bits_stay_shapes() -> None:
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kinds", ["address,undefined,float-cast-overflow", pytest.param("thread", marks=pytest.mark.slow)]
+)
+def test_sanitizers_find_nothing(kinds: str, tmp_path: Path) -> None:
     driver, made = Path(__file__).with_name("sanitize.cpp"), tmp_path / "sanitize"
     flags = [
         "-O1",
@@ -158,18 +161,20 @@ def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
         "-std=c++17",
         "-pthread",
         "-w",
-        "-fsanitize=address,undefined,float-cast-overflow",
+        f"-fsanitize={kinds}",
         "-fno-sanitize-recover=all",
     ]
     compiled = subprocess.run(
         [str(find_compiler()), *flags, f"-I{FOLDER}", str(driver), "-o", str(made)],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    if compiled.returncode != 0 and "asan" in compiled.stderr:
+    if compiled.returncode != 0 and ("asan" in compiled.stderr or "tsan" in compiled.stderr):
         pytest.skip("the compiler has no sanitizer library")
     assert compiled.returncode == 0, compiled.stderr[-2000:]
     # vLLM, once started in this process, preloads libraries into its children; the sanitizer must come first.
     alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run([str(made)], capture_output=True, text=True, check=False, timeout=300, env=alone)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this kernel lays memory out as the thread sanitizer cannot take it")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "570 calls"

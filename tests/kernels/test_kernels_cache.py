@@ -27,7 +27,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from evals.kernels import record
 from evals.kernels.replay import main
 
 
@@ -290,14 +289,3 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         with pytest.raises(SystemExit):
             main([str(tmp_path / name), *more])
         assert words in capsys.readouterr().err
-
-
-def test_the_recorder_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    nowhere = str(tmp_path / "none" / "trace")
-    for arguments, words in (([nowhere, "trace"], "has no config.json"), ([str(tmp_path), nowhere], "no folder")):
-        with pytest.raises(SystemExit):
-            record.main(arguments)
-        assert words in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no routed experts"):
-        record.from_routed_experts([], num_experts=4)

@@ -1,5 +1,6 @@
 """Building the library, falling back without it, and vLLM's bf16 kernel behind its self-test."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_the_library_is_built_once(folder: Path) -> None:
     assert build(compiler, folder) == first
     assert first.stat().st_mtime_ns == stamp
     assert build(compiler, folder, extra_flags=("-O0",)) != first
+
+
+def test_a_library_is_for_other_users_too_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    """An image may be built by root and run by someone else; the file had the mode of a temporary one."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho > "$last"\n')
+    compiler.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        library = build(str(compiler), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert library.stat().st_mode & 0o444 == 0o444
+    with pytest.raises(BackendUnavailable, match="Could not run"):
+        build(str(tmp_path / "none"), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [library]
 
 
 def test_a_compiler_that_fails_is_quoted_and_the_backend_falls_back(tmp_path: Path, make_experts: Make) -> None:
@@ -176,6 +193,14 @@ def test_bf16_kernel_is_steady_and_takes_every_kind_of_routing(make_experts: Mak
     assert torch.equal(moe(x, exact), moe(x, static))
 
 
+def test_bf16_kernel_without_any_expert(make_experts: Make) -> None:
+    """A static routing has pairs all the same. The kernel divided by none of them, which ended the process."""
+    needs_vllm(64, 32)
+    moe, nobody = theirs(*make_experts(3, 64, 32, torch.bfloat16)), torch.full((2, 1), 3)
+    for make in (from_topk, static_from_topk):
+        assert (moe(torch.randn(2, 64).bfloat16(), make(nobody, torch.ones(2, 1), num_experts=3)) == 0).all()
+
+
 def test_bf16_widths_nobody_takes_go_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_experts: Make
 ) -> None:
@@ -191,11 +216,19 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(
 ) -> None:
     needs_vllm(64, 32)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(vllm_bf16, "self_test", vllm_bf16.self_test.__wrapped__)
     real = vllm_bf16._kernel
     monkeypatch.setattr(vllm_bf16, "_kernel", lambda *args: real(*args) * 1.05)
     choice = choose(weights_of(*make_experts(2, 64, 32, torch.bfloat16), precision="native"))
     assert choice.backend.name == "torch"
     assert "in the self-test" in str(choice)
+
+
+def test_a_width_is_tested_once_a_process(monkeypatch: pytest.MonkeyPatch, make_experts: Make) -> None:
+    """Every layer of a model asks, and at the width of a large one the answer takes seconds."""
+    needs_vllm(64, 96)
+    monkeypatch.setattr(vllm_bf16, "reference_moe", lambda *_, **__: pytest.fail("tested again"))
+    assert vllm_bf16.why_not(weights_of(*make_experts(3, 64, 96, torch.bfloat16), precision="native")) is None
 
 
 def test_emulation_is_its_own_definition(make_experts: Make, make_routing: Make) -> None:

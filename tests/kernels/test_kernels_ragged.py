@@ -188,3 +188,18 @@ def test_routings_with_cheap_experts_are_not_put_together() -> None:
     copying = from_topk(torch.full((2, 1), 2), torch.ones(2, 1), num_experts=2, identity_ids=(2,))
     with pytest.raises(KernelInputError, match="copy_T"):
         concatenate([plain, copying])
+
+
+def test_static_routings_put_together_are_static() -> None:
+    """The pairs they do not want carry the id E, which only a static routing may."""
+    one = static_from_topk(torch.tensor([[0, 9]]), torch.ones(1, 2), num_experts=3)
+    both = concatenate([one, from_topk(torch.tensor([[1]]), torch.ones(1, 1), num_experts=3)])
+    check_routing(both, num_tokens=2, num_experts=3)
+    assert both.dense_TE().tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def test_routings_of_other_experts_are_not_put_together() -> None:
+    parts = [from_topk(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), num_experts=n) for n in (3, 5)]
+    for wrong in (parts, []):
+        with pytest.raises(KernelInputError, match="cannot be put together"):
+            concatenate(wrong)

@@ -50,7 +50,7 @@ class CpuBackend:
         if weights.precision != "native":
             return None
         if weights.trained:
-            return "the weights ask for gradients"
+            return "the weights ask for gradients: detach() them to serve"
         way, reasons = self._float_way(weights)
         return None if way is not None else reasons
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -48,18 +47,18 @@ def compile_library(
 
 
 def _compile(command: list[str], library: Path) -> None:
-    """Into a file of its own, then renamed: two processes may do this at once."""
+    """In a folder of its own, which is gone whatever happens, then renamed: two processes may do this at once."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
-        os.close(handle)
+        folder = tempfile.TemporaryDirectory(dir=library.parent)
     except OSError as exc:
         raise BackendUnavailable(f"Cannot write to {library.parent}: {exc}; XDG_CACHE_HOME names another.") from exc
-    try:
-        done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise BackendUnavailable(f"Could not run {' '.join(command)}: {exc}") from exc
-    if done.returncode != 0:
-        Path(made).unlink()
-        raise BackendUnavailable(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    Path(made).replace(library)
+    with folder as name:
+        made = Path(name) / library.name
+        try:
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=300)
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            raise BackendUnavailable(f"Could not run {' '.join(command)}: {exc}") from exc
+        if done.returncode != 0:
+            raise BackendUnavailable(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        made.replace(library)

@@ -1,7 +1,7 @@
 // Float weights for AVX512: bf16 and fp16 become fp32 while they are read, and every product is an fp32 FMA.
 //
-// A panel holds 64 columns for each input in turn. fp32 and fp16 are in order; a line of bf16 has columns 0 to 15 in the
-// low halves of its 32-bit words and 16 to 31 in the high ones, so that a shift and a mask widen it.
+// A panel holds 64 columns for each input in turn. fp32 and fp16 are in order; a line of bf16 has columns 0 to 15 in
+// the low halves of its 32-bit words and 16 to 31 in the high ones, so that a shift and a mask widen it.
 #pragma once
 #include <immintrin.h>
 

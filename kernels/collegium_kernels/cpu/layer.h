@@ -5,8 +5,8 @@
 // result has the same bits whatever the batch and the number of threads.
 #pragma once
 #include <atomic>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #include "tiles.h"
@@ -60,7 +60,7 @@ void parallel(const Problem& p, int64_t items, const Work& work) {
   } else {
     try {
       for (int64_t i = 1; i < threads; ++i) others.emplace_back([&] { job.run(); });
-    } catch (const std::system_error&) {  // as many as the system grants
+    } catch (const std::exception&) {  // as many as the system grants, and has memory for
     }
     job.run();
     for (auto& other : others) other.join();
@@ -122,11 +122,11 @@ int split(const Engine& engine, const typename Engine::Inputs& a, int count, Row
   return tiles;
 }
 
-// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them, and each of them
-// fetches its part of what comes next: memory is read all the time.
+// One panel for `count` rows, at most kBlock: every slice of the panel is read from L1 by all of them, and each fetches
+// its part of what comes next: memory is read all the time.
 template <typename Engine, typename RowOf>
-void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a, int count,
-                RowOf row_of, Sums<typename Engine::Tile>& sums) {
+void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a,
+                int count, RowOf row_of, Sums<typename Engine::Tile>& sums) {
   Slice slice;
   slice.tiles = split(engine, a, count, row_of, sums);
   slice.w_scales = m.scale(e, p);

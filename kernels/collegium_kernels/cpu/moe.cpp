@@ -1,5 +1,5 @@
-// SwiGLU experts for ragged rows: int8 or int4 weights with int8 activations on any CPU, float weights on AVX512. C ABI,
-// no torch, no OpenMP.
+// SwiGLU experts for ragged rows: int8 or int4 weights with int8 activations on any CPU, float weights on AVX512.
+// C ABI, no torch, no OpenMP but for the team that the caller names.
 //
 // Codes are unsigned, c with value (c - zero) * scale; a scale covers `group` codes of a row. A panel holds 64 output
 // columns: for each step of 4 inputs, 64 columns x 4 codes; int4 puts two steps in the halves of a byte.
@@ -13,9 +13,10 @@
 
 namespace {
 
+// What the float kernels and swiglu_avx512 are compiled for. Xeon Phi has the first alone.
 bool has_avx512() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
@@ -23,8 +24,7 @@ bool has_avx512() {
 
 bool has_vnni() {
 #if defined(__x86_64__)
-  return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -60,7 +60,9 @@ struct Codes {
     code.quantise(a, row * planes, x, width);
     if (planes == 1) return;
     std::vector<float> rest(x, x + width);
-    for (int64_t i = 0; i < width; ++i) rest[i] -= a.codes[row * 2 * a.stride + i] * a.scales[row * 2 * a.spans + i / a.span];
+    const int8_t* codes = &a.codes[row * 2 * a.stride];
+    const float* scales = &a.scales[row * 2 * a.spans];
+    for (int64_t i = 0; i < width; ++i) rest[i] -= codes[i] * scales[i / a.span];
     code.quantise(a, row * 2 + 1, rest.data(), width);
   }
   void point(Tile& t, int r, const Activations& a, int64_t row) const {
@@ -100,12 +102,14 @@ int collegium_is_intel() {
 #endif
 }
 
-// y (T x D) = experts of x (T x D), each fp32, or bf16 where narrow. D and F are the true widths; the packed ones are rounded up to `inputs` and 64.
+// y (T x D) = experts of x (T x D), each fp32, or bf16 where narrow, apart in memory. D and F are the true widths; the
+// packed ones are rounded up to `inputs` and 64.
 // Both return 0, 1 when indptr does not rise from 0 to pairs, 2 when memory ran out.
-int collegium_moe(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
-                  int64_t num_pairs, const int64_t* ids, const float* weights, int threads, Team team, int bits, int64_t group1,
-                  int64_t group2, int64_t inputs1, int64_t inputs2, const uint8_t* w1, const uint16_t* s1,
-                  const uint8_t* w2, const uint16_t* s2, int planes, int portable) try {
+int collegium_moe(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E,
+                  const int64_t* indptr, int64_t num_pairs, const int64_t* ids, const float* weights, int threads,
+                  Team team, int bits, int64_t group1, int64_t group2, int64_t inputs1, int64_t inputs2,
+                  const uint8_t* w1, const uint16_t* s1, const uint8_t* w2, const uint16_t* s2, int planes,
+                  int portable) try {
   const Problem problem{x, y, narrow_x != 0, narrow_y != 0, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
   if (!problem.rises()) return 1;
   const Matrix up(w1, s1, inputs1, up_to(F, 32) * 2, group1, bits);
@@ -117,9 +121,9 @@ int collegium_moe(const void* x, void* y, int narrow_x, int narrow_y, int64_t T,
 }
 
 // kind: 0 fp32, 1 bf16, 2 fp16; packed widths are rounded up to 64. Returns 3 where there is no AVX512.
-int collegium_moe_floats(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E, const int64_t* indptr,
-                         int64_t num_pairs, const int64_t* ids, const float* weights, int threads, Team team, int kind,
-                         const uint8_t* w1, const uint8_t* w2) try {
+int collegium_moe_floats(const void* x, void* y, int narrow_x, int narrow_y, int64_t T, int64_t D, int64_t F, int64_t E,
+                         const int64_t* indptr, int64_t num_pairs, const int64_t* ids, const float* weights,
+                         int threads, Team team, int kind, const uint8_t* w1, const uint8_t* w2) try {
   const Problem problem{x, y, narrow_x != 0, narrow_y != 0, T, D, F, E, indptr, num_pairs, ids, weights, threads, team};
   if (!problem.rises()) return 1;
 #if defined(__x86_64__)

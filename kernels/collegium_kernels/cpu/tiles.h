@@ -71,7 +71,7 @@ struct Slice {
   int64_t begin, end;
   const uint8_t* w;
   const uint16_t* w_scales;  // the panel's
-  uint8_t* unpacked;         // codes as bytes, floats as fp32: the first of several tiles writes them, the others read them
+  uint8_t* unpacked;         // codes as bytes, floats as fp32: the first of several tiles writes, the others read
   int tiles;
   int64_t apart, advance;    // of what is fetched in each step: bytes between its lines, and to those of the next step
 };

@@ -85,7 +85,7 @@ class CometGate(nn.Module):
 def _make_room(gate: CometGate, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hardened gate's checkpoint holds an order; torch loads buffers only where there are some already."""
     saved = state.get(prefix + "order_KE")
-    gate.order_KE = None if saved is None else torch.empty_like(saved)
+    gate.order_KE = None if saved is None else torch.empty_like(saved, device=gate.nodes.device)
 
 
 def _paths(steps_TKN: Tensor, depth: int) -> Tensor:
