@@ -185,6 +185,12 @@ def test_weights_that_train_go_to_torch(native: NativeMoE, make_experts: Make, m
     assert "cpu: the weights ask for gradients: detach() them" in moe.explain()
     moe(torch.randn(5, 32), make_routing(5, 3)).sum().backward()
     assert gate_up.grad is not None
+    with torch.no_grad():  # to serve only: the faster one, which refuses gradients later
+        served = FusedMoE(gate_up, down)
+        assert served.explain().startswith("cpu: chosen")
+        served(torch.randn(5, 32), make_routing(5, 3))
+    with pytest.raises(KernelInputError, match="no gradients"):
+        served(torch.randn(5, 32), make_routing(5, 3))
     frozen = FusedMoE(gate_up.detach(), down.detach())
     with pytest.raises(KernelInputError, match="use backend='torch'"):
         frozen(torch.randn(5, 32, requires_grad=True), make_routing(5, 3))

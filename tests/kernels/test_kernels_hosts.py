@@ -111,7 +111,13 @@ def test_the_plugin_registers_itself_twice_and_checks_its_options() -> None:
         config.from_config({"grup": 32})
     with pytest.raises(ValueError, match="p is read with"):
         config.from_config({"p": 0.5})
-    for wrong in ({"group": 48}, {"group": "x"}, {"activation_bits": 12}, {"routing": "top_p", "p": "high"}):
+    for wrong in (
+        {"group": 48},
+        {"group": "x"},
+        {"group": 64.0},
+        {"activation_bits": 12},
+        {"routing": "top_p", "p": "high"},
+    ):
         with pytest.raises(ValueError, match=f"collegium_int4: {list(wrong)[-1]} "):
             config.from_config(wrong)
 

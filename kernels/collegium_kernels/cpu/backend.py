@@ -49,7 +49,7 @@ class CpuBackend:
             return f"the weights are on {weights.gate_up_EGD.device}"
         if weights.precision != "native":
             return None
-        if weights.trained:
+        if weights.trained and torch.is_grad_enabled():
             return "the weights ask for gradients: detach() them to serve"
         way, reasons = self._float_way(weights)
         return None if way is not None else reasons

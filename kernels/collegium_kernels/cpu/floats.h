@@ -37,7 +37,7 @@ struct FloatTile {
 
 // The 64 weights of one input.
 template <int KIND>
-inline void widen(const uint8_t* w, __m512* out) {
+inline void widen_input(const uint8_t* w, __m512* out) {
   for (int half = 0; half < 2; ++half) {
     if (KIND == kFp32) {
       out[half * 2] = _mm512_loadu_ps(w + half * 128);
@@ -75,7 +75,7 @@ void float_rows(const Matrix& m, const Slice& slice, const FloatTile& t) {
         _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + at, _MM_HINT_T0);
       for (int i = 0; i < 2; ++i) {
         __m512 v[4];
-        widen<kind>(w + i * bytes, v);
+        widen_input<kind>(w + i * bytes, v);
         for (int c = 0; store && c < 4; ++c) _mm512_store_ps(unpacked + i * input_bytes(kFp32) + c * 64, v[c]);
         for (int r = 0; r < ROWS; ++r) {
           const __m512 a = _mm512_set1_ps(t.a[r][k + i]);

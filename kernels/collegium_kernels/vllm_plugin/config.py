@@ -59,7 +59,7 @@ class CollegiumConfig(QuantizationConfig):
         if "p" in config and config.get("routing") != "top_p":
             raise ValueError(f'{cls.method}: p is read with "routing": "top_p" only; add that, or leave p out.')
         for name, allowed in ALLOWED.items():
-            if config.get(name, allowed[0]) not in allowed:
+            if (value := config.get(name, allowed[0])) not in allowed or not isinstance(value, int):
                 raise ValueError(f"{cls.method}: {name} {config[name]!r} is not one of {', '.join(map(str, allowed))}.")
         if not isinstance(p := config.get("p", 0.9), int | float):
             raise ValueError(f"{cls.method}: p {p!r} is not a number.")  # noqa: TRY004 - vLLM shows these
