@@ -40,7 +40,9 @@ struct Matrix {
     return span;
   }
   const uint8_t* panel(int64_t e, int64_t p) const { return codes + (e * panels + p) * spans * bytes_per_span; }
-  const uint16_t* scale(int64_t e, int64_t p) const { return scales + (e * panels + p) * groups * kColumns; }
+  const uint16_t* scale(int64_t e, int64_t p) const {
+    return scales == nullptr ? nullptr : scales + (e * panels + p) * groups * kColumns;
+  }
 };
 
 // An array that nobody filled with zeros.
