@@ -186,6 +186,18 @@ def test_expert_choice_gives_every_expert_the_same_number_of_tokens() -> None:
     assert not torch.equal(gate(changed, NOTHING).routing.dense_TE()[:9], routed.routing.dense_TE()[:9])
 
 
+def test_expert_choice_may_score_over_the_tokens() -> None:
+    """An expert then ranks by its logits alone, whatever the others' are."""
+    gate, x = ExpertChoiceGate(8, 4, over="tokens").eval(), torch.randn(10, 8)
+    routed = gate(x, NOTHING)
+    torch.testing.assert_close(routed.scores_TE.sum(dim=0), torch.ones(4))
+    best_five = gate.logits(x).topk(5, dim=0).indices
+    for e in range(4):
+        assert routed.routing.dense_TE()[:, e].nonzero().flatten().tolist() == best_five[:, e].sort().values.tolist()
+    with pytest.raises(ValueError, match="over 'both' is not one of"):
+        ExpertChoiceGate(8, 4, over="both")  # type: ignore[arg-type]
+
+
 # StableMoE
 
 

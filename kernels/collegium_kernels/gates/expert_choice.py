@@ -4,6 +4,7 @@ Legend: T tokens, D width, E experts, C tokens an expert.
 """
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,15 +17,26 @@ CARD = Card(
 
 
 class ExpertChoiceGate(LinearGate):
-    """Perfect balance, and a routing that depends on every other token: later ones too. Not for decoding."""
+    """Perfect balance, and a routing that depends on every other token: later ones too. Not for decoding.
 
-    def __init__(self, width: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
+    Scores sum to one ``over`` the experts of a token or the tokens of an expert."""
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 2.0,
+        over: Literal["experts", "tokens"] = "experts",
+    ) -> None:
         super().__init__(width, num_experts)
-        self.capacity_factor = capacity_factor
+        if over not in ("experts", "tokens"):
+            raise ValueError(f"over '{over}' is not one of experts, tokens")
+        self.capacity_factor, self.over = capacity_factor, over
 
     def forward(self, x_TD: Tensor, context: Context) -> Routed:
         T = x_TD.shape[0]
-        probs_TE = self.logits(x_TD).softmax(dim=1)
+        probs_TE = self.logits(x_TD).softmax(dim=1 if self.over == "experts" else 0)
         C = min(T, math.ceil(T * self.capacity_factor / self.num_experts))
         weights_EC, tokens_EC = best(probs_TE.t(), C)
         tokens_P = tokens_EC.reshape(-1)
