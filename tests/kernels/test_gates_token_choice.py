@@ -201,6 +201,17 @@ def test_expert_choice_may_score_over_the_tokens() -> None:
 # StableMoE
 
 
+def test_stable_moe_drops_the_overflow_in_stage_one_if_asked() -> None:
+    gate = StableMoEGate(8, 4, vocab_size=10, capacity_factor=2.0)
+    x, context = torch.ones(8, 8), Context(token_ids_T=torch.arange(8))  # all to one expert, which takes four
+    routing = gate(x, context).routing
+    assert routing.counts_T().tolist() == [1] * 4 + [0] * 4
+    assert routing.copy_T is not None
+    torch.testing.assert_close(routing.copy_T, 1 - routing.weights_P[:1].expand(8))
+    gate.freeze()
+    assert (gate(x, context).routing.counts_T() == 1).all()
+
+
 def test_stable_moe_routes_by_token_id_in_stage_two() -> None:
     gate = StableMoEGate(8, 4, vocab_size=10)
     ids = torch.tensor([3, 1, 3, 3, 1])
