@@ -47,20 +47,22 @@ def codes(shape: Shape, bits: int, group: int) -> tuple[Quantised, Quantised]:
 
 
 def ours(shape: Shape, bits: int, group: int, *, planes: int = 1) -> Run:
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("the int8 and int4 kernels need a C++ compiler to be measured")
-    native = NativeMoE(build(compiler, cache_folder()))
     drawn = codes(shape, bits, group)
-    return native_runner(native, *drawn, expert_width=shape.F, num_experts=shape.E, planes=planes)
+    return native_runner(_native(), *drawn, expert_width=shape.F, num_experts=shape.E, planes=planes)
 
 
 def ours_bf16(weights: ExpertWeights) -> Run:
-    compiler = find_compiler()
-    native = NativeMoE(build(compiler, cache_folder())) if compiler else None
-    if native is None or not native.runs_floats:
-        raise RuntimeError("the bf16 kernel needs a C++ compiler and AVX512 to be measured")
+    native = _native()
+    if not native.runs_floats:
+        raise RuntimeError("the bf16 kernel needs AVX512 to be measured")
     return float_runner(native, weights)
+
+
+def _native() -> NativeMoE:
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("our kernels need a C++ compiler to be measured")
+    return NativeMoE(build(compiler, cache_folder()))
 
 
 def bound_bf16(weights: ExpertWeights) -> Run:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from collegium_kernels.errors import BackendUnavailable, KernelInputError, require
+from collegium_kernels.quant import ACTIVATION_BITS, GROUPS
 from collegium_kernels.ragged import Routing
 
 Precision = Literal["native", "int8", "int4"]
@@ -51,9 +52,9 @@ class ExpertWeights:
             raise KernelInputError(f"precision '{self.precision}' is not one of native, int8, int4.")
         empty = self.precision != "native" and 0 in gate_up.shape
         require(not empty, "w_gate_up_EGD", gate_up, f"at least one of everything, to be stored as {self.precision}")
-        if self.precision != "native" and self.group not in (0, 32, 64, 128):
+        if self.precision != "native" and self.group not in GROUPS:
             raise KernelInputError(f"group {self.group} is not one of 0 (the whole row), 32, 64, 128.")
-        if self.activation_bits not in (8, 16):
+        if self.activation_bits not in ACTIVATION_BITS:
             raise KernelInputError(f"activation_bits {self.activation_bits} is not one of 8, 16.")
         if self.precision == "native" and self.activation_bits != 8:
             raise KernelInputError("activation_bits is for precision int8 and int4; native experts round nothing.")

@@ -16,6 +16,10 @@ from collegium_kernels.errors import KernelInputError, require
 MULTIPLE = 32
 # 255 x 127 x this many still fits the kernels' 32-bit sums.
 MOST_INPUTS = 65536
+# Inputs that share a scale; 0 is the whole row.
+GROUPS = (0, 32, 64, 128)
+# Of activations: a row of int8, or a second one beside it.
+ACTIVATION_BITS = (8, 16)
 # Weights quantised at once: bounds the memory that the search takes.
 ELEMENTS = 1 << 22
 # For 4 bits a scale beside the one that just reaches the largest weight often fits the group better.
@@ -57,7 +61,7 @@ def quantise(w_ENK: Tensor, *, bits: int, group: int) -> Quantised:
     require(w_ENK.is_floating_point(), "w_ENK", w_ENK, "a floating-point dtype")
     if bits not in STRETCH:
         raise KernelInputError(f"bits {bits} is not one of 4, 8.")
-    if group not in (0, 32, 64, 128):
+    if group not in GROUPS:
         raise KernelInputError(f"group {group} is not one of 0 (the whole row), 32, 64, 128.")
     E, N, K = w_ENK.shape
     require(group > 0 or K <= MOST_INPUTS, "w_ENK", w_ENK, f"at most {MOST_INPUTS} inputs, or a group")

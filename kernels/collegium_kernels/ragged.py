@@ -149,7 +149,7 @@ def by_expert(routing: Routing) -> ByExpert:
 
     Ids outside the experts raise KernelInputError; values are read on the host only for CPU tensors."""
     E = routing.num_experts
-    _check_ids(routing.expert_ids_P, most=E)
+    check_ids(routing.expert_ids_P, "routing.expert_ids_P", most=E)
     pairs_P = torch.sort(routing.expert_ids_P, stable=True).indices
     counts_E = torch.zeros(E + 1, dtype=torch.int64, device=pairs_P.device)
     counts_E = counts_E.scatter_add(0, routing.expert_ids_P, torch.ones_like(routing.expert_ids_P))
@@ -252,13 +252,14 @@ def _check_values(routing: Routing) -> None:
     if routing.fixed_k is not None:
         even = bool((indptr.diff() == routing.fixed_k).all())
         require(even, "routing.indptr_T1", indptr, f"{routing.fixed_k} pairs for every token, as fixed_k says")
-    _check_ids(ids, most=routing.num_experts if routing.static else routing.num_experts - 1)
+    check_ids(ids, "routing.expert_ids_P", most=routing.num_experts if routing.static else routing.num_experts - 1)
 
 
-def _check_ids(ids_P: Tensor, *, most: int) -> None:
-    if ids_P.device.type == "cpu" and ids_P.numel():
-        low, high = (int(v) for v in ids_P.aminmax())
-        require(low >= 0 and high <= most, "routing.expert_ids_P", ids_P, f"ids in [0, {most}], found {low} to {high}")
+def check_ids(ids: Tensor, name: str, *, most: int) -> None:
+    """Raise KernelInputError for ids outside [0, ``most``]. Values are read on the host only for CPU tensors."""
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(v) for v in ids.aminmax())
+        require(low >= 0 and high <= most, name, ids, f"ids in [0, {most}], found {low} to {high}")
 
 
 def _check_topk(ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -62,8 +62,7 @@ Option = TypeVar("Option")
 
 
 def split_folds(count: int, seed: int, folds: int = FOLDS, families: Array | None = None) -> list[tuple[Array, Array]]:
-    """(the rest, the part held out) for each fold. Rows of one family, by its number, are not
-    parted."""
+    """(the rest, the part held out) for each fold. Rows of one family, by its number, are not parted."""
     order = np.random.default_rng(seed).permutation(count)
     parts = np.array_split(order, min(folds, count))
     if families is not None:

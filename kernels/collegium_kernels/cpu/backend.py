@@ -51,13 +51,15 @@ class CpuBackend:
             return None
         if weights.trained and torch.is_grad_enabled():
             return "the weights ask for gradients: detach() them to serve"
-        way, reasons = self._float_way(weights)
-        return None if way is not None else reasons
+        try:
+            self._float_way(weights)
+        except BackendUnavailable as exc:
+            return str(exc)
+        return None
 
     def how(self, weights: ExpertWeights) -> str:
         if weights.precision == "native":
-            way, reasons = self._float_way(weights)
-            return reasons if way is None else way.how
+            return self._float_way(weights).how
         native, reason = self._native()
         what = f"{weights.precision} weights, {weights.activation_bits}-bit activations,"
         if native is None:
@@ -66,10 +68,7 @@ class CpuBackend:
 
     def prepare(self, weights: ExpertWeights) -> Runner:
         if weights.precision == "native":
-            way, reasons = self._float_way(weights)
-            if way is None:
-                raise BackendUnavailable(reasons)
-            return way.prepare(weights)
+            return self._float_way(weights).prepare(weights)
         bits, planes, (E, _, F) = BITS[weights.precision], weights.activation_bits // 8, weights.shape
         gate_up = quantise(weights.gate_up_EGD.detach(), bits=bits, group=weights.group)
         down = quantise(weights.down_EDF.detach(), bits=bits, group=weights.group)
@@ -85,8 +84,8 @@ class CpuBackend:
             return None, "no C++ compiler on PATH (g++, clang++ or c++)"
         return _load(self._compiler, self._folder or cache_folder(), self._portable)
 
-    def _float_way(self, weights: ExpertWeights) -> tuple[FloatWay | None, str]:
-        """The faster way that takes the weights, or why there is none."""
+    def _float_way(self, weights: ExpertWeights) -> FloatWay:
+        """The faster way that takes the weights. Raises BackendUnavailable with every reason."""
         native, reason = self._native()
         theirs = FloatWay(how="vLLM's bf16 kernel", why_not=vllm_bf16.why_not, prepare=vllm_bf16.prepare)
         ways = [theirs]
@@ -103,9 +102,9 @@ class CpuBackend:
         for way in ways:
             why_not = way.why_not(weights)
             if why_not is None:
-                return way, ""
+                return way
             reasons.append(why_not)
-        return None, "; ".join(reasons)
+        raise BackendUnavailable("; ".join(reasons))
 
 
 @cache

@@ -95,22 +95,14 @@ void float_rows(const Matrix& m, const Slice& slice, const FloatTile& t) {
 
 template <int KIND, bool FIRST, int SHARE>
 void float_by_rows(const Matrix& m, const Slice& slice, const FloatTile& t) {
-  switch (t.rows) {
-    case 1: return float_rows<1, KIND, FIRST, SHARE>(m, slice, t);
-    case 2: return float_rows<2, KIND, FIRST, SHARE>(m, slice, t);
-    case 3: return float_rows<3, KIND, FIRST, SHARE>(m, slice, t);
-    case 4: return float_rows<4, KIND, FIRST, SHARE>(m, slice, t);
-    case 5: return float_rows<5, KIND, FIRST, SHARE>(m, slice, t);
-    default: return float_rows<6, KIND, FIRST, SHARE>(m, slice, t);
-  }
+  with_rows(t.rows, [&](auto rows) { float_rows<decltype(rows)::value, KIND, FIRST, SHARE>(m, slice, t); });
 }
 
-template <int KIND>
-void float_tile(bool first, const Matrix& m, const Slice& slice, const FloatTile& t) {
-  if (slice.tiles == 1) return float_by_rows<KIND, true, 1>(m, slice, t);
-  if (slice.tiles < 4)
-    return first ? float_by_rows<KIND, true, 2>(m, slice, t) : float_by_rows<KIND, false, 2>(m, slice, t);
-  return first ? float_by_rows<KIND, true, 4>(m, slice, t) : float_by_rows<KIND, false, 4>(m, slice, t);
+template <int KIND, bool FIRST>
+void float_tile(const Matrix& m, const Slice& slice, const FloatTile& t) {
+  if (FIRST && slice.share == 1) return float_by_rows<KIND, true, 1>(m, slice, t);
+  if (slice.share == 2) return float_by_rows<KIND, FIRST, 2>(m, slice, t);
+  return float_by_rows<KIND, FIRST, 4>(m, slice, t);
 }
 
 template <int KIND>
@@ -127,7 +119,7 @@ struct Floats {
   }
   void point(FloatTile& t, int r, const Values& a, int64_t row) const { t.a[r] = &a.values[row * a.stride]; }
   void tile(bool first, const Matrix& m, const Slice& slice, const FloatTile& t) const {
-    float_tile<KIND>(first, m, slice, t);
+    first ? float_tile<KIND, true>(m, slice, t) : float_tile<KIND, false>(m, slice, t);
   }
   void swiglu(const float* sums, float* hidden) const { swiglu_avx512(sums, hidden); }
 };

@@ -128,21 +128,22 @@ template <typename Engine, typename RowOf>
 void panel_sums(const Engine& engine, const Matrix& m, int64_t e, int64_t p, const typename Engine::Inputs& a,
                 int count, RowOf row_of, Sums<typename Engine::Tile>& sums) {
   Slice slice;
-  slice.tiles = split(engine, a, count, row_of, sums);
+  const int tiles = split(engine, a, count, row_of, sums);
+  slice.share = tiles == 1 ? 1 : tiles < 4 ? 2 : 4;
   slice.w_scales = m.scale(e, p);
   slice.unpacked = sums.slice;
-  const int lines = engine.step_lines / (slice.tiles == 1 ? 1 : slice.tiles < 4 ? 2 : 4);
-  slice.advance = (engine.step_lines * 64 + slice.tiles * lines - 1) / (slice.tiles * lines);
+  const int lines = engine.step_lines / slice.share;
+  slice.advance = (engine.step_lines * 64 + tiles * lines - 1) / (tiles * lines);
   for (slice.begin = 0; slice.begin < m.spans; slice.begin = slice.end) {
     slice.end = std::min(slice.begin + m.spans_per_slice, m.spans);
     slice.w = m.panel(e, p) + slice.begin * m.bytes_per_span;
     const int64_t bytes = (slice.end - slice.begin) * m.bytes_per_span;
-    const int64_t stretch = std::max(bytes, slice.tiles == 1 ? kFetchAlone : kFetch);
+    const int64_t stretch = std::max(bytes, tiles == 1 ? kFetchAlone : kFetch);
     const int64_t at = (slice.w - m.codes) % stretch;
     slice.apart = stretch / lines;
     const uint8_t* next = slice.w - at + stretch + at / lines;
-    for (int i = 0; i < slice.tiles; ++i) {
-      sums.tiles[i].ahead = next + i * bytes / slice.tiles / lines;
+    for (int i = 0; i < tiles; ++i) {
+      sums.tiles[i].ahead = next + i * bytes / tiles / lines;
       engine.tile(i == 0, m, slice, sums.tiles[i]);
     }
   }

@@ -16,7 +16,7 @@ from collegium_kernels.quant import Quantised
 
 COLUMNS = 64
 HALF = COLUMNS // 2
-FLOAT_SPAN = 64
+FLOAT_SPAN = 64  # kFloatSpan of tiles.h
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -74,7 +75,7 @@ struct Slice {
   const uint8_t* w;
   const uint16_t* w_scales;  // the panel's
   uint8_t* unpacked;         // codes as bytes, floats as fp32: the first of several tiles writes, the others read
-  int tiles;
+  int share;                 // of the tiles that read it: 1 for one, 2 for two or three, 4 for more
   int64_t apart, advance;    // of what is fetched in each step: bytes between its lines, and to those of the next step
 };
 
@@ -87,6 +88,19 @@ struct Tile {
   float* out;                // kColumns a row
   const uint8_t* ahead;      // what is fetched meanwhile
 };
+
+// Calls `tile` with a tile's number of rows as a constant.
+template <typename Call>
+void with_rows(int rows, Call tile) {
+  switch (rows) {
+    case 1: return tile(std::integral_constant<int, 1>());
+    case 2: return tile(std::integral_constant<int, 2>());
+    case 3: return tile(std::integral_constant<int, 3>());
+    case 4: return tile(std::integral_constant<int, 4>());
+    case 5: return tile(std::integral_constant<int, 5>());
+    default: return tile(std::integral_constant<int, kRows>());
+  }
+}
 
 float widen(uint16_t bf16) {
   const uint32_t bits = static_cast<uint32_t>(bf16) << 16;

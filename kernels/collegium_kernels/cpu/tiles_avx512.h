@@ -64,10 +64,9 @@ inline __attribute__((always_inline)) void add_span(const __m512i (&sum)[ROWS][4
   }
 }
 
-// Eight inputs a step. SHARE: how many tiles read a slice, 2 for two or three, 4 for more. Each fetches its part of
-// what comes next to L2, a line from each of several places in turn: the hardware's own prefetcher follows pages, and
-// so many of them give it time. With few tiles the first also fetches the slice to L1; with many that pushes out what
-// they share.
+// Eight inputs a step; SHARE is the slice's. Each tile fetches its part of what comes next to L2, a line from each of
+// several places in turn: the hardware's own prefetcher follows pages, and so many of them give it time. With few tiles
+// the first also fetches the slice to L1; with many that pushes out what they share.
 // The product is inline assembly because GCC 12 copies every accumulator around the intrinsic: 30 % of the time.
 template <int ROWS, int BITS, bool FIRST, int SHARE>
 void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
@@ -115,20 +114,13 @@ void tile_rows(const Matrix& m, const Slice& slice, const Tile& t) {
 
 template <int BITS, bool FIRST, int SHARE>
 void tile_by_rows(const Matrix& m, const Slice& slice, const Tile& t) {
-  switch (t.rows) {
-    case 1: return tile_rows<1, BITS, FIRST, SHARE>(m, slice, t);
-    case 2: return tile_rows<2, BITS, FIRST, SHARE>(m, slice, t);
-    case 3: return tile_rows<3, BITS, FIRST, SHARE>(m, slice, t);
-    case 4: return tile_rows<4, BITS, FIRST, SHARE>(m, slice, t);
-    case 5: return tile_rows<5, BITS, FIRST, SHARE>(m, slice, t);
-    default: return tile_rows<6, BITS, FIRST, SHARE>(m, slice, t);
-  }
+  with_rows(t.rows, [&](auto rows) { tile_rows<decltype(rows)::value, BITS, FIRST, SHARE>(m, slice, t); });
 }
 
 template <int BITS, bool FIRST>
 void tile_avx512(const Matrix& m, const Slice& slice, const Tile& t) {
-  if (FIRST && slice.tiles == 1) return tile_by_rows<BITS, FIRST, FIRST ? 1 : 2>(m, slice, t);
-  if (slice.tiles < 4) return tile_by_rows<BITS, FIRST, 2>(m, slice, t);
+  if (FIRST && slice.share == 1) return tile_by_rows<BITS, true, 1>(m, slice, t);
+  if (slice.share == 2) return tile_by_rows<BITS, FIRST, 2>(m, slice, t);
   return tile_by_rows<BITS, FIRST && BITS == 4, 4>(m, slice, t);  // of int8 all such tiles are alike
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from collegium_kernels.errors import KernelInputError, require
-from collegium_kernels.ragged import INTEGERS, Routing, rectangular
+from collegium_kernels.ragged import INTEGERS, Routing, check_ids, rectangular
 from collegium_kernels.steady import steady_mm
 
 
@@ -105,13 +105,11 @@ def needed(value: Tensor | None, name: str, num_tokens: int) -> Tensor:
 
 
 def needed_ids(context: Context, num_tokens: int, vocab_size: int | None) -> Tensor:
-    """The context's token ids as int64. Their values are read on the host only for CPU tensors."""
+    """The context's token ids as int64."""
     ids_T = needed(context.token_ids_T, "token_ids_T", num_tokens)
     require(ids_T.dtype in INTEGERS, "Context.token_ids_T", ids_T, "an integer dtype")
-    if vocab_size is not None and ids_T.device.type == "cpu" and num_tokens:
-        low, high = (int(v) for v in ids_T.aminmax())
-        inside = low >= 0 and high < vocab_size
-        require(inside, "Context.token_ids_T", ids_T, f"ids in [0, {vocab_size}), found {low} to {high}")
+    if vocab_size is not None:
+        check_ids(ids_T, "Context.token_ids_T", most=vocab_size - 1)
     return ids_T.long()
 
 

@@ -19,11 +19,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from collegium_kernels.backends import Precision
 from collegium_kernels.moe import FusedMoE
+from collegium_kernels.quant import ACTIVATION_BITS, GROUPS
 from collegium_kernels.vllm_plugin.op import experts_op
 from collegium_kernels.vllm_plugin.routing import RoutingPolicy, route
 
 OPTIONS = {"group", "activation_bits", "routing", "p"}
-ALLOWED = {"group": (128, 64, 32, 0), "activation_bits": (8, 16)}
 
 
 class CollegiumConfig(QuantizationConfig):
@@ -58,13 +58,14 @@ class CollegiumConfig(QuantizationConfig):
             raise ValueError(f"{cls.method} does not know {sorted(unknown)}; its options are {sorted(OPTIONS)}.")
         if "p" in config and config.get("routing") != "top_p":
             raise ValueError(f'{cls.method}: p is read with "routing": "top_p" only; add that, or leave p out.')
-        for name, allowed in ALLOWED.items():
-            if (value := config.get(name, allowed[0])) not in allowed or not isinstance(value, int):
-                raise ValueError(f"{cls.method}: {name} {config[name]!r} is not one of {', '.join(map(str, allowed))}.")
+        group, activation_bits = config.get("group", 128), config.get("activation_bits", 8)
+        for name, value, allowed in (("group", group, GROUPS), ("activation_bits", activation_bits, ACTIVATION_BITS)):
+            if value not in allowed or not isinstance(value, int):
+                raise ValueError(f"{cls.method}: {name} {value!r} is not one of {', '.join(map(str, allowed))}.")
         if not isinstance(p := config.get("p", 0.9), int | float):
             raise ValueError(f"{cls.method}: p {p!r} is not a number.")  # noqa: TRY004 - vLLM shows these
         policy = RoutingPolicy(kind=config.get("routing", "top_k"), p=p)
-        return cls(group=config.get("group", 128), activation_bits=config.get("activation_bits", 8), policy=policy)
+        return cls(group=group, activation_bits=activation_bits, policy=policy)
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> "CollegiumConfig":
